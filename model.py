@@ -29,14 +29,18 @@ class Network:
         lstm_units: size of the LSTM's output and of its cell.
         dense_units: size of the hidden dense layers.
         channels: channels of the decoder's feature maps of 7x7 and of 14x14.
+        logits: initial logits of the pixels, a number or an array `[28, 28]`: best those of the
+            images' mean, which saves the network to learn it.
         seed: of the initial weights and of all noise, an integer.
     """
 
-    def __init__(self, code_size=16, lstm_units=32, dense_units=512, channels=(32, 16), seed=0):
+    def __init__(self, code_size=12, lstm_units=32, dense_units=512, channels=(32, 16), logits=0.,
+                 seed=0):
         self.code_size = code_size
         self.lstm_units = lstm_units
         self.dense_units = dense_units
         self.channels = channels
+        self.logits = logits
         self.seed = seed
         tf.set_random_seed(seed)
 
@@ -44,7 +48,7 @@ class Network:
         """The posterior q(z|x), a `Normal` over `[n, code_size]`, of float images `[n, 28, 28]`."""
         with tf.variable_scope('encoder', reuse=tf.AUTO_REUSE):
             outputs = self._lstm(images)
-            hidden = tf.nn.relu(_dense(outputs, self.dense_units, 'dense'))
+            hidden = _activation(_dense(outputs, self.dense_units, 'dense'))
             mu = _dense(hidden, self.code_size, 'mu')
             sigma = tf.nn.softplus(_dense(hidden, self.code_size, 'sigma'))
             return tf.distributions.Normal(mu, sigma)
@@ -53,11 +57,11 @@ class Network:
         """The likelihood p(x|z), a `Bernoulli` over `[n, 28, 28]`, of codes `[n, code_size]`."""
         large, small = self.channels
         with tf.variable_scope('decoder', reuse=tf.AUTO_REUSE):
-            hidden = tf.nn.relu(_dense(code, self.dense_units, 'dense_1'))
-            hidden = tf.nn.relu(_dense(hidden, 7 * 7 * large, 'dense_2'))
+            hidden = _activation(_dense(code, self.dense_units, 'dense_1'))
+            hidden = _activation(_dense(hidden, 7 * 7 * large, 'dense_2'))
             maps = tf.reshape(hidden, [-1, 7, 7, large])
-            maps = tf.nn.relu(_conv_transpose(maps, small, 3, 'conv_transpose_1'))
-            logits = _conv_transpose(maps, 1, 5, 'conv_transpose_2')
+            maps = _activation(_conv_transpose(maps, small, 3, 'conv_transpose_1', [small]))
+            logits = _conv_transpose(maps, 1, 5, 'conv_transpose_2', [28, 28, 1], self.logits)
             return tf.distributions.Bernoulli(logits=tf.squeeze(logits, 3), dtype=tf.float32)
 
     def optimization(self, images, learning_rate):
@@ -80,22 +84,18 @@ class Network:
             code: `[n, code_size]`, a code from each image's posterior.
         """
         step = tf.train.get_or_create_global_step()
-        prior = tf.distributions.Normal(0., 1.)
-        posterior = self.encoder(images)
-        mu = tf.identity(posterior.mean(), 'mu')
-        sigma = tf.identity(posterior.stddev(), 'sigma')
-        # The batch itself is a part of the seed: the chunks of an evaluation, all of one step, would
-        # share their noise else, and its mean over them would be ten times as uncertain.
-        noise = self._noise(tf.shape(mu)[0], tf.cast(tf.reduce_sum(images), tf.int64), step)
-        code = tf.add(mu, sigma * noise, 'code')
-        likelihood = self.decoder(code)
-        tf.identity(likelihood.mean(), 'reconstruction')
-
-        with tf.variable_scope('loss'):
-            log_likelihood = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
-            kl = tf.reduce_sum(tf.distributions.kl_divergence(posterior, prior), 1)
-        divergence = tf.identity(kl, 'divergence')
+        # Two cores are kept busy best by half of the batch each, with operations of one thread.
+        count = tf.shape(images)[0]
+        # The images are a part of the seed: the chunks of an evaluation, all of one step, would
+        # share their noise else, and the mean over them would be much less certain.
+        noise = self._noise(count, tf.reduce_sum(images), step)
+        halves = [self._bound(images[half], noise[half])
+                  for half in (slice(count // 2), slice(count // 2, None))]
+        names = 'mu', 'sigma', 'code', 'log_likelihood', 'divergence'
+        _, _, code, log_likelihood, divergence = (
+            tf.concat(parts, 0, name) for parts, name in zip(zip(*halves), names))
         elbo = tf.reduce_mean(log_likelihood - divergence, name='elbo')
+        tf.identity(self.decoder(code).mean(), 'reconstruction')
 
         num_samples = tf.placeholder_with_default(100, [], 'num_samples')
         # The same codes at each step: one sees samples of the same codes grow sharper.
@@ -106,6 +106,17 @@ class Network:
             optimize = tf.train.AdamOptimizer(learning_rate).minimize(-elbo, global_step=step)
         return Optimization(optimize, samples, elbo, divergence, code)
 
+    def _bound(self, images, noise):
+        """The terms of the ELBO of each image, and what they come from."""
+        posterior, prior = self.encoder(images), tf.distributions.Normal(0., 1.)
+        mu, sigma = posterior.mean(), posterior.stddev()
+        code = mu + sigma * noise
+        likelihood = self.decoder(code)
+        with tf.name_scope('loss'):
+            log_likelihood = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
+            divergence = tf.reduce_sum(tf.distributions.kl_divergence(posterior, prior), 1)
+        return mu, sigma, code, log_likelihood, divergence
+
     def _lstm(self, images):
         """The outputs of all 28 steps, side by side: `[n, 28 * lstm_units]`.
 
@@ -115,18 +126,20 @@ class Network:
         units = self.lstm_units
         with tf.variable_scope('lstm'):
             rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, 28])
-            inputs = tf.split(_dense(rows, 4 * units, 'input'), 28)
+            # The forget gate's bias has the cell remember from the start (Gers et al., 2000).
+            inputs = tf.split(_dense(rows, 4 * units, 'input', [0.] * units + [1.] * units
+                                     + [0.] * 2 * units), 28)
             kernel = tf.get_variable('recurrent_kernel', [units, 4 * units],
                                      initializer=tf.orthogonal_initializer())
-            outputs, cell, output = [], 0., None
+            outputs, cell = [], None
             for gates in inputs:
-                if output is not None:
-                    gates += tf.matmul(output, kernel)
+                # Sums by `add_n`, whose gradient takes one operation where that of + takes eight.
+                if outputs:
+                    gates = tf.add_n([gates, tf.matmul(outputs[-1], kernel)])
                 i, f, o, candidate = tf.split(gates, 4, 1)
-                # The 1 has the cell remember from the start (Gers et al., 2000).
-                cell = tf.sigmoid(f + 1.) * cell + tf.sigmoid(i) * tf.tanh(candidate)
-                output = tf.sigmoid(o) * tf.tanh(cell)
-                outputs.append(output)
+                new = tf.sigmoid(i) * tf.tanh(candidate)
+                cell = tf.add_n([tf.sigmoid(f) * cell, new]) if outputs else new
+                outputs.append(tf.sigmoid(o) * tf.tanh(cell))
             outputs = tf.concat(outputs, 1)
             outputs.set_shape([None, 28 * units])
             return outputs
@@ -138,17 +151,21 @@ class Network:
                                           tf.stack([self.seed + (first * 2 ** 32), second]))
 
 
-def _dense(inputs, units, name):
+def _activation(x):
+    return tf.nn.leaky_relu(x, .1)  # Trains to 0.4 nats less than the rectifier does.
+
+
+def _dense(inputs, units, name, bias=0.):
     with tf.variable_scope(name):
         kernel = tf.get_variable('kernel', [inputs.shape[1], units])  # Glorot uniform.
-        bias = tf.get_variable('bias', [units], initializer=tf.zeros_initializer())
+        bias = tf.get_variable('bias', [units], initializer=tf.constant_initializer(bias))
         return tf.nn.bias_add(tf.matmul(inputs, kernel), bias)
 
 
-def _conv_transpose(maps, channels, size, name):
+def _conv_transpose(maps, channels, size, name, bias_shape, bias=0.):
     """Doubles the height and width of `maps`, `[n, height, width, channels]`."""
     with tf.variable_scope(name):
         kernel = tf.get_variable('kernel', [size, size, channels, maps.shape[3]])
-        bias = tf.get_variable('bias', [channels], initializer=tf.zeros_initializer())
+        bias = tf.get_variable('bias', bias_shape, initializer=tf.constant_initializer(bias))
         shape = [tf.shape(maps)[0], 2 * maps.shape[1].value, 2 * maps.shape[2].value, channels]
-        return tf.nn.bias_add(tf.nn.conv2d_transpose(maps, kernel, shape, [1, 2, 2, 1]), bias)
+        return tf.nn.conv2d_transpose(maps, kernel, shape, [1, 2, 2, 1]) + bias
