@@ -5,6 +5,7 @@
 
 SHELL := /bin/bash
 ARGS :=
+export MNIST_DIR
 PYTHON := .venv/bin/python
 
 .PHONY: run test benchmark clean

@@ -67,7 +67,8 @@ def parse_arguments(arguments=None):
             if not low <= value <= high:
                 raise ValueError
             return value
-        parse.__name__ = {int: 'whole number', float: 'number'}[kind] + ' from %g to %g' % (low, high)
+        parse.__name__ = '%s from %s to %s' % (
+            {int: 'whole number', float: 'number'}[kind], low, high)
         return parse
 
     parser = Parser(description=__doc__.split('\n')[0], allow_abbrev=False,
@@ -104,7 +105,7 @@ def run(args):
                 '--data-dir': dataset.fingerprint}
     if state is None:
         state = {'settings': settings, 'dataset': dataset.name, 'history': [],
-                 'log_dir': time.strftime('%Y-%m-%d-%H%M%S'), 'variables': {}, 'best': {}}
+                 'log_dir': '%s-%d' % (time.strftime('%Y-%m-%d-%H%M%S'), os.getpid()), 'variables': {}, 'best': {}}
     for flag, value in settings.items():
         if state['settings'][flag] != value:
             raise RunError('%s: the run in %s had another (%s, not %s); give the same flags or '
@@ -126,23 +127,23 @@ def run(args):
             checkpoint.save(state['best'])  # Perhaps the run was killed just before it did.
         try:
             handle_signals()
-            train(args, dataset, model, session, state, checkpoint, start)
+            train(args, dataset, model, session, state, checkpoint)
+            set_variables(session, state['best'])
+            report(args, dataset, model, session, state, checkpoint, start)
+            checkpoint.tidy()
         except Interrupted as interrupted:
             if not state['best']:
                 print('\nInterrupted before the end of the first epoch: nothing is saved.')
             else:
                 checkpoint.save(state['best'])
                 set_variables(session, state['best'])
-                checkpoint.tidy()
                 written = draw_samples(args, dataset, session.run(model.samples))
+                checkpoint.tidy()
                 print('\nInterrupted. The best model so far is in %s, its samples in %s.'
                       % (checkpoint.prefix, written))
                 print('Go on with: python main.py %s' % ' '.join(
                     arguments_to_resume(sys.argv[1:])))
             return 128 + interrupted.args[0]
-        set_variables(session, state['best'])
-        checkpoint.tidy()
-        report(args, dataset, model, session, state, checkpoint, start)
     if dataset.warning:
         print(dataset.warning, file=sys.stderr)
     return 0
@@ -171,7 +172,7 @@ def learning_rate(step, steps, peak):
     return peak * .5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def train(args, dataset, model, session, state, checkpoint, start):
+def train(args, dataset, model, session, state, checkpoint):
     """Trains from the end of `state['history']` on, and keeps `state` at the last whole epoch."""
     history = state['history']
     batches = math.ceil(len(dataset.train_images) / args.batch_size)
@@ -197,7 +198,7 @@ def train(args, dataset, model, session, state, checkpoint, start):
                 divergence = divergence.mean()
                 totals += len(images) * np.array([-elbo, divergence])
                 bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence)])
-                if (step + 1) % LOG_STEPS == 0:
+                if step % LOG_STEPS == 0:
                     log.add(step + 1, -elbo, divergence, rate)
             training = totals / len(dataset.train_images)
             validation = evaluate(session, model, dataset.validation_images)
@@ -280,9 +281,10 @@ def replacing(path):
         yield unfinished
         os.replace(unfinished, path)
     except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, 'strerror', None) or getattr(error, 'message', '').split('\n')[0]
-        raise RunError('%s: cannot be written (%s); what was there before is as it was. Make room, '
-                       'or choose another folder with --output-dir' % (path, reason)) from error
+        # Of TensorFlow's errors the last part says why, after the names of temporary files.
+        reason = getattr(error, 'strerror', None) or str(error).split('\n')[0].split('; ')[-1]
+        raise RunError('%s: cannot be written (%s); make room, or choose another folder with '
+                       '--output-dir' % (path, reason)) from error
     finally:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
@@ -319,7 +321,8 @@ class Checkpoint:
         """Replaces the checkpoint by one of `values`, arrays by the variables' names."""
         self.tidy()
         old = glob.glob(glob.escape(self.prefix) + '.data-*')
-        shards = next(n for n in itertools.count(1) if _data_file(self.prefix, 0, n) not in old)
+        shards = next(n for n in itertools.count(1)
+                      if not any(path.endswith('-of-%05d' % n) for path in old))
         folder = self.prefix + '.unfinished'
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -413,6 +416,7 @@ def save_metrics(args, state, **results):
     del metrics['settings']['resume']
     with replacing(os.path.join(args.output_dir, 'metrics.json')) as path, open(path, 'w') as file:
         json.dump(metrics, file, indent=2)
+        file.write('\n')
 
 
 class Log:
@@ -474,7 +478,7 @@ def report(args, dataset, model, session, state, checkpoint, start):
 def save_figure(args, dataset, name, figure):
     path = os.path.join(args.output_dir, name)
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, format='png', dpi=120, metadata={'Source': dataset.name})
+        figure.savefig(unfinished, format='png', dpi=100, metadata={'Source': dataset.name})
     return path
 
 
@@ -502,7 +506,7 @@ def draw_training_curves(args, dataset, history):
     best = best_epoch(history)
     figure = Figure(figsize=(9, 4), tight_layout=True)
     for axes, key, title in zip(figure.subplots(1, 2), ['negative_elbo', 'divergence'],
-                                ['Negative ELBO', 'Divergence of the posterior from the prior']):
+                                ['Negative ELBO', 'Divergence from the prior']):
         for kind, color, marker in ('training', COLORS[4], 's'), ('validation', COLORS[1], 'o'):
             values = [entry['%s_%s' % (kind, key)] for entry in history]
             axes.plot(epochs, values, color=color, marker=marker, markersize=4, label=kind)
@@ -590,11 +594,12 @@ def normal_quantiles(probabilities):
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True)  # Into a file or a pipe, too.
     args = parse_arguments()
     try:
         return run(args)
     except (RunError, data.DataError) as error:
-        print('\nError: %s' % error, file=sys.stderr)
+        print('Error: %s' % error, file=sys.stderr)
         return 1
 
 

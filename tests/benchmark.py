@@ -55,10 +55,8 @@ def step_operations(model, batch):
         total += 2 * np.prod(out) * a[0 if op.get_attr('transpose_a') else 1]
     for op in convolutions:
         # The convolution from the large map to the small: its output times what each sums over.
-        kernel, small = {
-            'Conv2D': (op.inputs[1], op.outputs[0]),
-            'Conv2DBackpropInput': (op.inputs[1], op.inputs[2]),
-            'Conv2DBackpropFilter': (op.outputs[0], op.inputs[2])}[op.type]
+        kernel = op.outputs[0] if op.type == 'Conv2DBackpropFilter' else op.inputs[1]
+        small = op.outputs[0] if op.type == 'Conv2D' else op.inputs[2]
         kernel, small = shapes([kernel, small])
         total += 2 * np.prod(small) * np.prod(kernel[:3])
     return total

@@ -1,0 +1,313 @@
+"""Tests of model.py, through its contract: sizes, public names, variables found by their names."""
+
+import collections
+import sys
+
+import numpy as np
+import pytest
+import tensorflow.compat.v1 as tf
+
+import model
+
+# Sizes that nothing else in the graph has.
+SIZES = dict(code_size=7, lstm_units=13, dense_units=11, channels=(6, 4))
+
+Small = collections.namedtuple('Small', 'network result session')
+
+
+def build(learning_rate=None, **arguments):
+    """A network in a graph and session of its own; by default `rate:0` is its learning rate."""
+    with tf.Graph().as_default():
+        images = tf.placeholder(tf.float32, [None, 28, 28], 'images')
+        rate = tf.placeholder_with_default(.01, [], 'rate')
+        network = model.Network(**arguments)
+        result = network.optimization(images, rate if learning_rate is None else learning_rate)
+        session = tf.Session()
+        session.run(tf.global_variables_initializer())
+        return Small(network, result, session)
+
+
+@pytest.fixture(scope='module')
+def built():
+    return build(**SIZES)
+
+
+@pytest.fixture
+def small(built):
+    """The small network at step 0 of a fresh start, with weights and biases far from zero."""
+    with built.session.graph.as_default():
+        built.session.run(tf.global_variables_initializer())
+        rng = np.random.RandomState(1)
+        assign(built.session, {variable: .3 * rng.randn(*variable.shape.as_list())
+                               for variable in tf.trainable_variables()})
+        yield built
+
+
+def trainable(session):
+    variables = session.graph.get_collection('trainable_variables')
+    return variables, session.run(variables)
+
+
+def assign(session, values):
+    session.run([variable.initializer for variable in values],
+                {variable.initializer.inputs[1]: value for variable, value in values.items()})
+
+
+def pictures(count, seed=0):
+    """Images with black, white and grey pixels."""
+    return np.clip(np.random.RandomState(seed).normal(.3, .5, [count, 28, 28]), 0, 1)
+
+
+def fetch(small, names, images=None, **feeds):
+    """The values of the public tensors of these names."""
+    feeds = {name + ':0': value for name, value in feeds.items()}
+    if images is not None:
+        feeds['images:0'] = images
+    values = small.session.run([name + ':0' for name in names.split()], feeds)
+    return values if len(values) > 1 else values[0]
+
+
+def noise(small, images):
+    code, mu, sigma = fetch(small, 'code mu sigma', images)
+    return (code - mu) / sigma
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def log_bernoulli(images, probabilities):
+    p = probabilities.astype(np.float64)
+    return np.sum(images * np.log(p) + (1 - images) * np.log1p(-p), (1, 2))
+
+
+def test_result_and_public_names(small):
+    assert small.result._fields == ('optimize', 'samples', 'elbo', 'reg', 'code')
+    names = [tensor.name for tensor in small.result[1:]]
+    assert names == ['samples:0', 'elbo:0', 'divergence:0', 'code:0']
+    mu, sigma, code, reconstruction, elbo, divergence = fetch(
+        small, 'mu sigma code reconstruction elbo divergence', pictures(3))
+    assert mu.shape == sigma.shape == code.shape == (3, 7)
+    assert reconstruction.shape == (3, 28, 28)
+    assert elbo.shape == () and divergence.shape == (3,)
+    assert np.all(sigma > 0) and fetch(small, 'num_samples') == 100
+
+
+def test_every_size_is_an_argument(small):
+    """A size that is written into the graph."""
+    dimensions = {size.value for variable in tf.trainable_variables() for size in variable.shape}
+    assert dimensions.issuperset(np.hstack(list(SIZES.values())))
+
+
+def test_default_sizes_and_initial_logits():
+    """An argument without default; initial logits that are turned or not those of the pixels."""
+    logits = np.random.RandomState(0).randn(28, 28)
+    with tf.Graph().as_default(), tf.Session() as session:
+        network = model.Network(code_size=2, logits=logits)
+        mu = network.encoder(tf.zeros([3, 28, 28])).mean()
+        probabilities = network.decoder(tf.zeros([3, 2])).mean()
+        session.run(tf.global_variables_initializer())
+        assert session.run(mu).shape == (3, 2)
+        np.testing.assert_allclose(session.run(probabilities)[1], sigmoid(logits), rtol=1e-5)
+
+
+def test_learning_rate_may_be_a_number_and_noise_depends_on_the_seed(small):
+    """A rate that is ignored, a batch of one image that cannot be split."""
+    other = build(learning_rate=.004, seed=1, **SIZES)
+    assert np.all(abs(noise(small, pictures(4)) - noise(other, pictures(4))).max(1) > .1)
+    before = trainable(other.session)[1]
+    other.session.run(other.result.optimize, {'images:0': pictures(1)})
+    # Adam's first step moves each weight by the learning rate.
+    moves = [abs(a - b).max() for a, b in zip(before, trainable(other.session)[1])]
+    np.testing.assert_allclose(moves, .004, rtol=.02)
+
+
+def test_graph_needs_only_core_tensorflow(small):
+    """Operations that no other process or no TensorFlow 2 has."""
+    assert not [name for name in sys.modules if name.startswith('tensorflow.contrib')]
+    types = {operation.type for operation in tf.get_default_graph().get_operations()}
+    assert not [name for name in types if 'PyFunc' in name or 'Xla' in name]
+
+
+def test_lstm():
+    """Gates in a wrong order, rows taken for columns, steps or images mixed up."""
+    units, images = 5, pictures(3)
+    with tf.Graph().as_default(), tf.Session() as session:
+        with tf.variable_scope('encoder', reuse=tf.AUTO_REUSE):
+            outputs = model.Network(lstm_units=units)._lstm(tf.constant(images, tf.float32))
+        session.run(tf.global_variables_initializer())
+        rng, named = np.random.RandomState(0), {}
+        for variable, value in zip(*trainable(session)):
+            name = variable.op.name.split('lstm/')[1]
+            if name == 'input/bias':  # Forget gates are open from the start (Gers et al., 2000).
+                np.testing.assert_array_equal(value.reshape(4, units).mean(1), [0, 1, 0, 0])
+            named[name] = .5 * rng.randn(*value.shape)
+            assign(session, {variable: named[name]})
+        outputs = session.run(outputs).reshape(3, 28, units)
+
+    for image, actual in zip(images, outputs):
+        output = cell = np.zeros(units)
+        for step, row in enumerate(image):
+            gates = row @ named['input/kernel'] + named['input/bias']
+            gates += output @ named['recurrent_kernel']
+            i, f, o, candidate = gates.reshape(4, units)
+            cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(candidate)
+            output = sigmoid(o) * np.tanh(cell)
+            np.testing.assert_allclose(actual[step], output, rtol=1e-4, atol=1e-5)
+
+
+def test_divergence(small):
+    """A term without its half, a variance in place of a deviation, a sum over the wrong axis."""
+    actual, mu, sigma = fetch(small, 'divergence mu sigma', pictures(4))
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    assert mu.std() > .1 and sigma.std() > .1
+    closed = .5 * np.sum(mu ** 2 + sigma ** 2 - 1 - 2 * np.log(sigma), 1)
+    np.testing.assert_allclose(actual, closed, rtol=1e-4)
+
+    samples = np.random.RandomState(0).randn(100000, 1, mu.shape[1])
+    log_ratios = np.sum(.5 * (mu + sigma * samples) ** 2 - .5 * samples ** 2 - np.log(sigma), 2)
+    error = log_ratios.std(0) / np.sqrt(len(samples))
+    assert np.all(abs(actual - log_ratios.mean(0)) < 5 * error)
+
+
+@pytest.mark.parametrize('logit', [-1e4, -30., 30., 1e4])
+def test_extreme_logits(small, logit):
+    """A probability's logarithm, which is infinite or clipped there, and its gradient NaN."""
+    images = pictures(3)
+    images[:2] = [[[0.]], [[1.]]]
+    kernel, bias = tf.trainable_variables('decoder')[-2:]
+    weights, old = small.session.run([kernel, bias])
+    assign(small.session, {kernel: 0 * weights, bias: np.full(old.shape, logit)})
+    elbo, divergence = fetch(small, 'elbo divergence', images)
+    expected = np.sum(images * logit - np.logaddexp(0, logit), (1, 2)) - divergence
+    np.testing.assert_allclose(elbo, expected.mean(), rtol=1e-5)
+
+    assign(small.session, {kernel: weights})
+    elbo, _ = small.session.run([small.result.elbo, small.result.optimize], {'images:0': images})
+    assert np.isfinite(elbo)
+    assert all(np.isfinite(value).all() for value in small.session.run(tf.global_variables()))
+
+
+def test_elbo_is_the_mean_of_its_parts(small):
+    """A sum for a mean or the reverse, a sign, a weight on the divergence."""
+    for count in 1, 2, 5:
+        images = pictures(count)
+        elbo, reconstruction, divergence = fetch(small, 'elbo reconstruction divergence', images)
+        parts = log_bernoulli(images, reconstruction) - divergence
+        np.testing.assert_allclose(elbo, parts.mean(), rtol=1e-5)
+
+
+def test_images_do_not_see_each_other(small):
+    """A reshape or a split of the batch that mixes its images."""
+    images = pictures(5)
+    names = 'mu sigma divergence'
+    batch = fetch(small, names, images)
+    code = 2 * np.random.RandomState(0).randn(5, 7)
+    reconstruction = fetch(small, 'reconstruction', code=code)
+    for n in range(5):
+        for actual, alone in zip(batch, fetch(small, names, images[n:n + 1])):
+            np.testing.assert_allclose(actual[n], alone[0], rtol=1e-4, atol=1e-5)
+        alone = fetch(small, 'reconstruction', code=code[n:n + 1])[0]
+        np.testing.assert_allclose(reconstruction[n], alone, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_standard_normal(small):
+    """Noise that rows, halves or dimensions share; a variance in place of a deviation."""
+    values = noise(small, pictures(3000))
+    assert len(np.unique(values.round(3), axis=0)) == 3000
+    quantiles = np.percentile(values, [2.275, 15.866, 50, 84.134, 97.725])
+    np.testing.assert_allclose(quantiles, [-2, -1, 0, 1, 2], atol=.07)
+    columns = np.hstack([values[1:], values[:-1]])
+    np.testing.assert_allclose(np.corrcoef(columns.T), np.eye(14), atol=.1)
+
+
+def test_noise_depends_on_step_and_batch_only(small):
+    """Noise from a stateful operation, or the same noise at each step or for each batch."""
+    images = pictures(6)
+    code = fetch(small, 'code', images)
+    np.testing.assert_array_equal(code, fetch(small, 'code', images))
+    first = noise(small, images)
+    assert np.all(abs(first - noise(small, pictures(6, seed=1))).max(1) > .1)
+    small.session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
+    assert small.session.run(tf.train.get_global_step()) == 1
+    assert np.all(abs(first - noise(small, images)).max(1) > .1)
+    assign(small.session, {tf.train.get_global_step(): 0})
+    np.testing.assert_array_equal(code, fetch(small, 'code', images))
+
+
+def test_encoder_and_decoder_return_distributions_and_share_variables(small):
+    """Variables made anew by a second call, a likelihood of another kind."""
+    images, code = pictures(3), np.random.RandomState(0).randn(3, 7)
+    mu, sigma = fetch(small, 'mu sigma', images)
+    expected = fetch(small, 'reconstruction', code=code)
+    variables = tf.global_variables()
+    posterior = small.network.encoder(tf.constant(images, tf.float32))
+    likelihood = small.network.decoder(tf.constant(code, tf.float32))
+    assert tf.global_variables() == variables
+    mean, stddev, log_q, probabilities, log_p = small.session.run([
+        posterior.mean(), posterior.stddev(), posterior.log_prob(code.astype(np.float32)),
+        likelihood.mean(), likelihood.log_prob(images.astype(np.float32))])
+    np.testing.assert_allclose(mean, mu, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stddev, sigma, rtol=1e-4)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    log_normal = -.5 * ((code - mu) / sigma) ** 2 - np.log(sigma) - .5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(log_q, log_normal, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_p.sum((1, 2)), log_bernoulli(images, expected), rtol=1e-5)
+
+
+def test_samples_are_decoded_from_the_prior(small):
+    """Codes that are not standard normal, a decoder of their own, a fixed number of samples."""
+    assert fetch(small, 'samples').shape == (100, 28, 28)
+    samples = fetch(small, 'samples', num_samples=3000)
+    np.testing.assert_array_equal(samples, fetch(small, 'samples', num_samples=3000))
+    assert len(np.unique(samples[:, 14], axis=0)) == 3000
+    assert samples.min() > 0 and samples.max() < 1
+    decoded = fetch(small, 'reconstruction', code=np.random.RandomState(0).randn(3000, 7))
+    error = decoded.std(0) * np.sqrt(2 / 3000)
+    assert np.all(abs(samples.mean(0) - decoded.mean(0)) < 6 * error)
+    np.testing.assert_allclose(samples.std(0), decoded.std(0), rtol=.15)
+
+
+def test_training_gradient(small):
+    """A variable that the loss does not reach, a gradient stopped on one of its ways."""
+    session, images = small.session, pictures(8)
+    session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
+    assign(session, {tf.train.get_global_step(): 0})  # For the noise of that step.
+    rng = np.random.RandomState(0)
+    for variable, value in zip(*trainable(session)):
+        slot, = (v for v in tf.global_variables() if v.op.name.endswith(variable.op.name + '/Adam'))
+        gradient = session.run(slot).astype(np.float64) / .1  # Adam's moment is 1 - beta1 of it.
+        norm = np.linalg.norm(gradient)
+        assert norm > 0, variable.name
+        direction = gradient / norm + rng.randn(*value.shape) / np.sqrt(value.size)
+        losses = []
+        for step in .01, -.01:
+            assign(session, {variable: value + step * direction})
+            losses.append(-fetch(small, 'elbo', images))
+        assign(session, {variable: value})
+        difference = (losses[0] - losses[1]) / .02
+        np.testing.assert_allclose(difference, np.sum(gradient * direction), rtol=.03, atol=.03,
+                                   err_msg=variable.name)
+
+
+def test_training_lowers_the_loss(small):
+    images = np.tile(pictures(1), [8, 1, 1])
+    before = fetch(small, 'elbo', images)
+    for _ in range(40):
+        small.session.run(small.result.optimize, {'images:0': images, 'rate:0': .02})
+    assert fetch(small, 'elbo', images) > before + 50
+
+
+def test_seed_of_the_weights():
+    """Weights without a seed, or always of the same."""
+    runs = []
+    for seed in 3, 3, 4:
+        with tf.Graph().as_default(), tf.Session() as session:
+            network = model.Network(seed=seed, **SIZES)
+            network.decoder(network.encoder(tf.zeros([1, 28, 28])).mean())
+            session.run(tf.global_variables_initializer())
+            variables, values = trainable(session)
+            runs.append(values)
+    for variable, one, same, other in zip(variables, *runs):
+        np.testing.assert_array_equal(one, same)
+        assert 'bias' in variable.name or np.mean(one != other) > .9, variable.name
