@@ -5,7 +5,6 @@
 
 SHELL := /bin/bash
 ARGS :=
-export MNIST_DIR
 PYTHON := .venv/bin/python
 
 .PHONY: run test benchmark clean
@@ -14,7 +13,7 @@ run: .venv/installed
 	@$(PYTHON) main.py $(ARGS)
 
 test: .venv/installed-tests
-	@$(PYTHON) -m pytest -q $(ARGS) tests
+	@$(PYTHON) -m pytest -q -W ignore::DeprecationWarning $(ARGS) tests
 
 benchmark: .venv/installed
 	@$(PYTHON) tests/benchmark.py $(ARGS)
