@@ -22,8 +22,9 @@ import zipfile
 import zlib
 
 # Until training has its own handler, a signal ends the run at once; nothing is written by then.
-for signum in signal.SIGINT, signal.SIGTERM:
-    signal.signal(signum, lambda signum, frame: os._exit(128 + signum))
+if __name__ == '__main__':
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, lambda signum, frame: os._exit(128 + signum))
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # No word on this processor's features.
 
 import matplotlib
@@ -105,7 +106,8 @@ def run(args):
                 '--data-dir': dataset.fingerprint}
     if state is None:
         state = {'settings': settings, 'dataset': dataset.name, 'history': [],
-                 'log_dir': '%s-%d' % (time.strftime('%Y-%m-%d-%H%M%S'), os.getpid()), 'variables': {}, 'best': {}}
+                 'log_dir': '%s-%d' % (time.strftime('%Y-%m-%d-%H%M%S'), os.getpid()),
+                 'variables': {}, 'best': {}}
     for flag, value in settings.items():
         if state['settings'][flag] != value:
             raise RunError('%s: the run in %s had another (%s, not %s); give the same flags or '
@@ -152,7 +154,8 @@ def run(args):
 def build(args, dataset):
     """Builds the graph, which takes images as bytes, `pixels:0`, or as floats, `images:0`."""
     pixels = tf.placeholder(tf.uint8, [None, 28, 28], 'pixels')
-    images = tf.placeholder_with_default(tf.cast(pixels, tf.float32) / 255, [None, 28, 28], 'images')
+    images = tf.placeholder_with_default(tf.cast(pixels, tf.float32) / 255, [None, 28, 28],
+                                         'images')
     learning_rate = tf.placeholder(tf.float32, [], 'learning_rate')
     tf.constant(dataset.name, name='dataset')
     # A pixel that is never inked has a mean of 0; half a grey level keeps its logit finite.

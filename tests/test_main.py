@@ -375,6 +375,24 @@ def test_killed_at_any_moment_and_resumed(default, data_dir, tmp_path):
     print(sum(parallel(chain, range(2))), 'kills')
 
 
+def test_stray_data_file_never_replaces_or_removes_a_live_one(tmp_path):
+    """A version that takes the number of shards of a killed run's leftovers, removed with them."""
+    import main
+    with tf.Graph().as_default():
+        values = {'w%d' % i: np.float32(i) for i in range(6)}
+        for name in values:
+            tf.get_variable(name, [])
+        tf.train.get_or_create_global_step()
+        prefix = str(tmp_path / 'new_model.ckpt')
+        main.Checkpoint(prefix).save(values)
+        (tmp_path / 'new_model.ckpt.data-00001-of-00002').write_bytes(b'stray')
+        checkpoint = main.Checkpoint(prefix)
+        for _ in range(3):
+            checkpoint.save(values)
+            checkpoint.tidy()
+            assert same(tensors(tmp_path), values)
+
+
 def test_resume_after_the_end(default, finished, data_dir):
     again = Run(finished, '--data-dir', data_dir, *FLAGS, '--resume').finish()
     assert again.code == 0 and again.err == ''
