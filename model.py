@@ -28,13 +28,13 @@ class Network:
         code_size: dimensions of a code.
         lstm_units: size of the LSTM's output and of its cell.
         dense_units: size of the hidden dense layers.
-        channels: channels of the decoder's feature maps of 7x7 and of 14x14.
+        channels: channels of the decoder's feature maps of 7x7 and of 14x7.
         logits: initial logits of the pixels, a number or an array `[28, 28]`: best those of the
             images' mean, which saves the network to learn it.
         seed: of the initial weights and of all noise, an integer.
     """
 
-    def __init__(self, code_size=12, lstm_units=32, dense_units=512, channels=(32, 16), logits=0.,
+    def __init__(self, code_size=14, lstm_units=32, dense_units=512, channels=(32, 32), logits=0.,
                  seed=0):
         self.code_size = code_size
         self.lstm_units = lstm_units
@@ -55,14 +55,17 @@ class Network:
 
     def decoder(self, code):
         """The likelihood p(x|z), a `Bernoulli` over `[n, 28, 28]`, of codes `[n, code_size]`."""
-        large, small = self.channels
         with tf.variable_scope('decoder', reuse=tf.AUTO_REUSE):
+            first, second = self.channels
             hidden = _activation(_dense(code, self.dense_units, 'dense_1'))
-            hidden = _activation(_dense(hidden, 7 * 7 * large, 'dense_2'))
-            maps = tf.reshape(hidden, [-1, 7, 7, large])
-            maps = _activation(_conv_transpose(maps, small, 3, 'conv_transpose_1', [small]))
-            logits = _conv_transpose(maps, 1, 5, 'conv_transpose_2', [28, 28, 1], self.logits)
-            return tf.distributions.Bernoulli(logits=tf.squeeze(logits, 3), dtype=tf.float32)
+            hidden = _activation(_dense(hidden, 7 * 7 * first, 'dense_2'))
+            maps = tf.reshape(hidden, [-1, 7, 7, first])
+            maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1', [second]))
+            # The last convolution's four channels are four neighbours in a row of pixels: it would
+            # take twice as long with a stride of 4 over the columns and a single channel.
+            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2', [28, 7, 4], self.logits)
+            return tf.distributions.Bernoulli(logits=tf.reshape(maps, [-1, 28, 28]),
+                                              dtype=tf.float32)
 
     def optimization(self, images, learning_rate):
         """Builds everything that trains, evaluates and samples the model.
@@ -103,7 +106,8 @@ class Network:
         samples = tf.identity(likelihood.mean(), 'samples')
 
         with tf.variable_scope('optimizer'):
-            optimize = tf.train.AdamOptimizer(learning_rate).minimize(-elbo, global_step=step)
+            optimize = tf.train.AdamOptimizer(learning_rate, beta2=.99).minimize(
+                -elbo, global_step=step, gate_gradients=tf.train.AdamOptimizer.GATE_GRAPH)
         return Optimization(optimize, samples, elbo, divergence, code)
 
     def _bound(self, images, noise):
@@ -132,14 +136,15 @@ class Network:
             kernel = tf.get_variable('recurrent_kernel', [units, 4 * units],
                                      initializer=tf.orthogonal_initializer())
             outputs, cell = [], None
-            for gates in inputs:
-                # Sums by `add_n`, whose gradient takes one operation where that of + takes eight.
-                if outputs:
-                    gates = tf.add_n([gates, tf.matmul(outputs[-1], kernel)])
-                i, f, o, candidate = tf.split(gates, 4, 1)
-                new = tf.sigmoid(i) * tf.tanh(candidate)
-                cell = tf.add_n([tf.sigmoid(f) * cell, new]) if outputs else new
-                outputs.append(tf.sigmoid(o) * tf.tanh(cell))
+            # Gradients of sums and products that might broadcast would double the graph.
+            with tf.get_default_graph().gradient_override_map({'Mul': 'MulOfEqualShapes'}):
+                for gates in inputs:
+                    if outputs:
+                        gates = tf.add_n([gates, tf.matmul(outputs[-1], kernel)])
+                    i, f, o, candidate = tf.split(gates, 4, 1)
+                    new = tf.sigmoid(i) * tf.tanh(candidate)
+                    cell = tf.add_n([tf.sigmoid(f) * cell, new]) if outputs else new
+                    outputs.append(tf.sigmoid(o) * tf.tanh(cell))
             outputs = tf.concat(outputs, 1)
             outputs.set_shape([None, 28 * units])
             return outputs
@@ -151,6 +156,20 @@ class Network:
                                           tf.stack([self.seed + (first * 2 ** 32), second]))
 
 
+@tf.RegisterGradient('MulOfEqualShapes')
+def _mul_gradient(op, gradient):
+    x, y = op.inputs
+    return gradient * y, gradient * x
+
+
+@tf.RegisterGradient('MatMulOfKernel')
+def _matmul_gradient(op, gradient):
+    """As TensorFlow's, but with the first product transposed, which takes 40% less time."""
+    inputs, kernel = op.inputs
+    return (tf.transpose(tf.matmul(kernel, gradient, transpose_b=True)),
+            tf.matmul(inputs, gradient, transpose_a=True))
+
+
 def _activation(x):
     return tf.nn.leaky_relu(x, .1)  # Trains to 0.4 nats less than the rectifier does.
 
@@ -159,13 +178,14 @@ def _dense(inputs, units, name, bias=0.):
     with tf.variable_scope(name):
         kernel = tf.get_variable('kernel', [inputs.shape[1], units])  # Glorot uniform.
         bias = tf.get_variable('bias', [units], initializer=tf.constant_initializer(bias))
-        return tf.nn.bias_add(tf.matmul(inputs, kernel), bias)
+        with tf.get_default_graph().gradient_override_map({'MatMul': 'MatMulOfKernel'}):
+            return tf.nn.bias_add(tf.matmul(inputs, kernel), bias)
 
 
 def _conv_transpose(maps, channels, size, name, bias_shape, bias=0.):
-    """Doubles the height and width of `maps`, `[n, height, width, channels]`."""
+    """Doubles the height of `maps`, `[n, height, width, channels]`, by a kernel `[size, 2]`."""
     with tf.variable_scope(name):
-        kernel = tf.get_variable('kernel', [size, size, channels, maps.shape[3]])
+        kernel = tf.get_variable('kernel', [size, 2, channels, maps.shape[3]])
         bias = tf.get_variable('bias', bias_shape, initializer=tf.constant_initializer(bias))
-        shape = [tf.shape(maps)[0], 2 * maps.shape[1].value, 2 * maps.shape[2].value, channels]
-        return tf.nn.conv2d_transpose(maps, kernel, shape, [1, 2, 2, 1]) + bias
+        shape = [tf.shape(maps)[0], 2 * maps.shape[1].value, maps.shape[2].value, channels]
+        return tf.nn.conv2d_transpose(maps, kernel, shape, [1, 2, 1, 1]) + bias

@@ -63,6 +63,7 @@ def step_operations(model, batch):
 
 
 def run():
+    main.keep_freed_memory()
     args = main.parse_arguments(sys.argv[1:])
     args.output_dir = tempfile.mkdtemp()
     dataset = data.load(args.data_dir, args.dataset)

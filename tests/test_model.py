@@ -156,6 +156,37 @@ def test_lstm():
             np.testing.assert_allclose(actual[step], output, rtol=1e-4, atol=1e-5)
 
 
+def test_decoder():
+    """Pixels in a wrong order, kernels turned or shifted, activations left out."""
+    leaky = lambda x: np.where(x > 0, x, .1 * x)
+    codes = np.random.RandomState(1).randn(3, SIZES['code_size'])
+    with tf.Graph().as_default(), tf.Session() as session:
+        probabilities = model.Network(**SIZES).decoder(tf.constant(codes, tf.float32)).mean()
+        rng, named = np.random.RandomState(0), {}
+        for variable in tf.trainable_variables():
+            value = .5 * rng.randn(*variable.shape.as_list())
+            named[variable.op.name.split('decoder/')[1]] = value
+            assign(session, {variable: value})
+        actual = session.run(probabilities)
+
+    def conv_transpose(maps, kernel, bias, margin):
+        """Adds each place of the small map, times the kernel, to the large one."""
+        height, width, _ = maps.shape
+        large = np.zeros((2 * height + 4, width + 1, kernel.shape[2]))
+        for i, j in np.ndindex(height, width):
+            large[2 * i:2 * i + len(kernel), j:j + 2] += kernel @ maps[i, j]
+        return large[margin:margin + 2 * height, :width] + bias
+
+    for code, image in zip(codes, actual):
+        hidden = leaky(code @ named['dense_1/kernel'] + named['dense_1/bias'])
+        hidden = leaky(hidden @ named['dense_2/kernel'] + named['dense_2/bias'])
+        maps = leaky(conv_transpose(hidden.reshape(7, 7, -1), named['conv_transpose_1/kernel'],
+                                    named['conv_transpose_1/bias'], 0))
+        logits = conv_transpose(maps, named['conv_transpose_2/kernel'],
+                                named['conv_transpose_2/bias'], 1)
+        np.testing.assert_allclose(image, sigmoid(logits.reshape(28, 28)), rtol=1e-3, atol=1e-5)
+
+
 def test_divergence(small):
     """A term without its half, a variance in place of a deviation, a sum over the wrong axis."""
     actual, mu, sigma = fetch(small, 'divergence mu sigma', pictures(4))
