@@ -94,9 +94,12 @@ class Network:
         noise = self._noise(count, tf.reduce_sum(images), step)
         halves = [self._bound(images[half], noise[half])
                   for half in (slice(count // 2), slice(count // 2, None))]
-        names = 'mu', 'sigma', 'code', 'log_likelihood', 'divergence'
-        _, _, code, log_likelihood, divergence = (
+        names = 'mu', 'sigma', 'code', 'log_likelihood'
+        mu, sigma, code, log_likelihood = (
             tf.concat(parts, 0, name) for parts, name in zip(zip(*halves), names))
+        posterior, prior = tf.distributions.Normal(mu, sigma), tf.distributions.Normal(0., 1.)
+        divergence = tf.reduce_sum(
+            tf.distributions.kl_divergence(posterior, prior), 1, name='divergence')
         elbo = tf.reduce_mean(log_likelihood - divergence, name='elbo')
         tf.identity(self.decoder(code).mean(), 'reconstruction')
 
@@ -111,15 +114,15 @@ class Network:
         return Optimization(optimize, samples, elbo, divergence, code)
 
     def _bound(self, images, noise):
-        """The terms of the ELBO of each image, and what they come from."""
-        posterior, prior = self.encoder(images), tf.distributions.Normal(0., 1.)
+        """The posterior's parameters, a code and log p(x|z) in nats, for each image."""
+        posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
         code = mu + sigma * noise
         likelihood = self.decoder(code)
-        with tf.name_scope('loss'):
-            log_likelihood = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
-            divergence = tf.reduce_sum(tf.distributions.kl_divergence(posterior, prior), 1)
-        return mu, sigma, code, log_likelihood, divergence
+        # `likelihood.log_prob` is the same, in more operations.
+        cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(
+            labels=images, logits=likelihood.logits)
+        return mu, sigma, code, -tf.reduce_sum(cross_entropy, [1, 2])
 
     def _lstm(self, images):
         """The outputs of all 28 steps, side by side: `[n, 28 * lstm_units]`.
@@ -135,13 +138,14 @@ class Network:
                                      + [0.] * 2 * units), 28)
             kernel = tf.get_variable('recurrent_kernel', [units, 4 * units],
                                      initializer=tf.orthogonal_initializer())
-            outputs, cell = [], None
-            # Gradients of sums and products that might broadcast would double the graph.
+            outputs, cell, axis = [], None, tf.constant(1)
+            # Gradients of sums and products that might broadcast would double the graph, and
+            # `tf.split` adds two constants each time.
             with tf.get_default_graph().gradient_override_map({'Mul': 'MulOfEqualShapes'}):
                 for gates in inputs:
                     if outputs:
                         gates = tf.add_n([gates, tf.matmul(outputs[-1], kernel)])
-                    i, f, o, candidate = tf.split(gates, 4, 1)
+                    i, f, o, candidate = tf.raw_ops.Split(axis=axis, value=gates, num_split=4)
                     new = tf.sigmoid(i) * tf.tanh(candidate)
                     cell = tf.add_n([tf.sigmoid(f) * cell, new]) if outputs else new
                     outputs.append(tf.sigmoid(o) * tf.tanh(cell))

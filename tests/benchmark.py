@@ -3,6 +3,7 @@
 Run by hand on an otherwise idle machine: `make benchmark ARGS=--data-dir=FOLDER`.
 """
 
+import gc
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 START = time.time()
+gc.disable()  # As `main.py` does until training starts.
 
 import main
 import data
@@ -78,6 +80,8 @@ def run():
                         {'pixels:0': next(batches), 'learning_rate:0': 1e-4})
         step()
         start_up = time.time() - START
+        gc.freeze()
+        gc.enable()
         times = np.array([seconds(step) for _ in range(STEPS)])
         evaluation = seconds(main.evaluate, session, model, dataset.test_images)
         state = {'history': [dict(

@@ -4,7 +4,9 @@ The environment variable KILLS says how often the test of `kill -9` kills, e.g. 
 """
 
 import concurrent.futures
+import contextlib
 import glob
+import io
 import json
 import os
 import pathlib
@@ -24,10 +26,13 @@ import numpy as np
 import pytest
 import tensorflow.compat.v1 as tf
 
+import data
+import main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get('KILLS', 2))
-EPOCHS, STEPS = 3, 22  # Of `FLAGS`; the set has 220 images to train on.
-FLAGS = ['--epochs', str(EPOCHS), '--batch-size', '10']
+EPOCHS, STEPS = 3, 11  # Of `FLAGS`; the set has 220 images to train on.
+FLAGS = ['--epochs', str(EPOCHS), '--batch-size', '20']
 PICTURES = ['new_images.png', 'training_curves.png', 'reconstructions.png', 'latent_space.png']
 
 # Uses the checkpoint of the current folder by the public names alone.
@@ -135,6 +140,14 @@ def assert_one_line(run, code, *parts):
         assert part in run.err
 
 
+def refusal(folder, *arguments):
+    """How the command refuses these arguments, found out in this process, which takes less time."""
+    with pytest.raises((main.RunError, data.DataError)) as error, \
+            contextlib.redirect_stdout(io.StringIO()):
+        main.run(main.parse_arguments(['--output-dir', str(folder), *map(str, arguments)]))
+    return str(error.value)
+
+
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp('data')
@@ -170,17 +183,28 @@ def finished(default, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def restored(default, data_dir):
-    """What a process that knows nothing of ours gets out of the checkpoint."""
-    folder = pathlib.Path(tempfile.mkdtemp())
-    for path in default.folder.glob('new_model.ckpt.*'):
-        shutil.copy(str(path), str(folder))
-    shutil.copy(str(data_dir.parent / 'images.npy'), str(folder))
-    run = Run(folder, script='-I\0-c\0' + RESTORE).finish()
-    assert run.code == 0, run.err
-    with np.load(str(folder / 'result.npz')) as arrays:
-        yield dict(arrays)
-    shutil.rmtree(str(folder))
+def elsewhere(default, data_dir, tmp_path_factory):
+    """What becomes of the checkpoint in processes that know nothing of ours: those of `RESTORE` and
+    of the README's first block of Python code; its other blocks may import our code."""
+    blocks = re.findall('```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    path = 'import sys; sys.path.insert(0, %r)\n' % str(ROOT)
+
+    def start(script):
+        folder = tmp_path_factory.mktemp('elsewhere')
+        for file in [data_dir.parent / 'images.npy', *default.folder.glob('new_model.ckpt.*')]:
+            shutil.copy(str(file), str(folder))
+        run = Run(folder, script='-I\0-c\0' + script).finish()
+        run.folder = folder
+        return run
+    return parallel(start, [RESTORE, *blocks[:1], *(path + block for block in blocks[1:])])
+
+
+@pytest.fixture(scope='module')
+def restored(elsewhere):
+    """The arrays that `RESTORE` gets out of the checkpoint."""
+    assert elsewhere[0].code == 0, elsewhere[0].err
+    with np.load(str(elsewhere[0].folder / 'result.npz')) as arrays:
+        return dict(arrays)
 
 
 # ---------------------------------------------------------------------------------- What it prints
@@ -214,7 +238,7 @@ def test_metrics_agree_with_what_is_printed(default):
     assert set(content['settings']) == {
         'data_dir', 'dataset', 'output_dir', 'epochs', 'batch_size', 'learning_rate',
         'code_size', 'patience', 'seed'}
-    assert content['settings']['batch_size'] == 10 and content['versions']['tensorflow'] == '1.14.0'
+    assert content['settings']['batch_size'] == 20 and content['versions']['tensorflow'] == '1.14.0'
     assert 'IDX files' in content['dataset']
     for number, entry in enumerate(content['history'], 1):
         assert entry['epoch'] == number
@@ -308,22 +332,14 @@ def test_checkpoint_is_as_small_as_its_weights(default):
         array.nbytes for array in content.values())
 
 
-def test_readme_restores_as_it_says(default, tmp_path):
-    readme = ROOT / 'README.md'
-    blocks = re.findall(r'```python\n(.*?)```', readme.read_text(), re.S) if readme.exists() else []
-    if not blocks:
-        pytest.skip('README.md has no Python code yet')
-    for path in default.folder.glob('new_model.ckpt.*'):
-        shutil.copy(str(path), str(tmp_path))
-    for number, block in enumerate(blocks):  # The first one needs nothing of ours.
-        if number:
-            block = 'import sys; sys.path.insert(0, %r)\n' % str(ROOT) + block
-        run = Run(tmp_path, script='-I\0-c\0' + block).finish()
+def test_readme_restores_as_it_says(elsewhere):
+    assert len(elsewhere) > 1
+    for run in elsewhere[1:]:
         assert run.code == 0, run.err
 
 
 def test_reader_never_fails_nor_sees_a_mixture(data_dir, tmp_path):
-    run = Run(tmp_path, '--data-dir', data_dir, '--epochs', 8, '--batch-size', 73)
+    run = Run(tmp_path, '--data-dir', data_dir, '--epochs', 6, '--batch-size', 73)
     prefix = str(tmp_path / 'new_model.ckpt')
     run.wait_for((tmp_path / 'new_model.ckpt.index').exists)
     images, seen, restores = np.load(str(data_dir.parent / 'images.npy')), {}, 0
@@ -380,7 +396,6 @@ def test_killed_at_any_moment_and_resumed(default, data_dir, tmp_path):
 
 def test_stray_data_file_never_replaces_or_removes_a_live_one(tmp_path):
     """A version that takes the number of shards of a killed run's leftovers, removed with them."""
-    import main
     with tf.Graph().as_default():
         values = {'w%d' % i: np.float32(i) for i in range(6)}
         for name in values:
@@ -420,21 +435,21 @@ def test_refuses_to_resume_what_does_not_fit(finished, data_dir, tmp_path):
     np.savez(str(tmp_path / 'another' / 'training_state.npz'), **arrays)
     before = listing(finished)
     (tmp_path / 'empty').mkdir()
-    cases = [('another network', tmp_path / 'another', []),
-             ('--resume', tmp_path / 'empty', []), ('--code-size', finished, ['--code-size', 2]),
-             ('--batch-size', finished, ['--batch-size', 20]),
-             ('--seed', finished, ['--seed', 1]),
-             ('--epochs', finished, ['--epochs', 2]),
-             ('--data-dir', finished, ['--data-dir', data_dir.parent / 'others'])]
-    runs = parallel(lambda case: Run(case[1], '--data-dir', data_dir, *FLAGS, *case[2],
-                                     '--resume').finish(), cases)
-    for (flag, *_), run in zip(cases, runs):
-        assert_one_line(run, 1, flag)
+    flags = ['--data-dir', data_dir, *FLAGS, '--resume']
+    assert refusal(tmp_path / 'empty', *flags).startswith('--resume')
+    for flag, value in [('--batch-size', 10), ('--seed', 1), ('--epochs', 2),
+                        ('--data-dir', data_dir.parent / 'others')]:
+        assert refusal(finished, *flags, flag, value).startswith(flag)
+    runs = parallel(lambda folder, *more: Run(folder, *flags, *more).finish(),
+                    [tmp_path / 'another', finished], ['--resume', '--code-size=2'])
+    assert_one_line(runs[0], 1, 'another network')
+    assert_one_line(runs[1], 1, '--code-size')
     assert listing(finished) == before and not list((tmp_path / 'empty').iterdir())
 
 
 def test_new_run_replaces_nothing_before_its_first_epoch_ends(finished, data_dir, tmp_path):
-    """Neither one that is killed, nor one that diverges, nor one without data."""
+    """Neither one that is killed, nor one that diverges, nor one without data. Then its folder
+    disappears."""
     before, logs = listing(finished), len(list(finished.glob('logs/*')))
 
     def killed(folder):
@@ -442,65 +457,73 @@ def test_new_run_replaces_nothing_before_its_first_epoch_ends(finished, data_dir
         run.wait_for(lambda: len(list(folder.glob('logs/*'))) > logs)
         run.signal(signal.SIGKILL)
         run.finish()
-        run = Run(folder, '--data-dir', folder / 'metrics.json').finish()
-        assert_one_line(run, 1, 'metrics')
+        assert 'metrics.json' in refusal(folder, '--data-dir', folder / 'metrics.json')
+        assert listing(folder) == before
 
     def diverged(folder):
         run = Run(folder, '--data-dir', data_dir, *FLAGS, '--learning-rate', 1e6).finish()
         assert_one_line(run, 1, 'diverged', 'epoch 1', 'step', 'lower', '--learning-rate')
+        assert listing(folder) == before
 
-    copies = [pathlib.Path(shutil.copytree(str(finished), str(tmp_path / name))) for name in 'ab']
-    parallel(lambda number: [killed, diverged][number](copies[number]), range(2))
-    assert listing(copies[0]) == listing(copies[1]) == before
+    def disappears(folder):
+        run = Run(tmp_path, '--data-dir', data_dir, *FLAGS, '--output-dir', folder)
+        run.wait_for(lambda: metrics(folder)['history'] != metrics(finished)['history'])
+        folder.rename(tmp_path / 'moved')
+        assert_one_line(run.finish(), 1, 'cannot be written')
+        assert not same(tensors(tmp_path / 'moved'), tensors(finished))
+
+    copies = [pathlib.Path(shutil.copytree(str(finished), str(tmp_path / name))) for name in 'abc']
+    parallel(lambda function, folder: function(folder), [disappears, diverged, killed], copies)
 
 
 # ------------------------------------------------------------------------------------- Interrupted
 
 
-def test_interrupted_and_resumed(default, data_dir, tmp_path):
-    def interrupt(seed, signum):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        run = Run(folder, '--data-dir', data_dir, *FLAGS, '--seed', seed)
-        run.wait_for((folder / 'metrics.json').exists)
+def test_interrupted(default, finished, data_dir, tmp_path):
+    """After an epoch, and then resumed; while it starts; and twice while it draws in the end."""
+    def interrupted(run, signum, *again):
         run.signal(signum)
+        for pause in again:
+            time.sleep(pause)
+            run.signal(signum)
         start = time.time()
         run.finish()
         assert run.code == 128 + signum and run.err == ''
         assert time.time() - start < 10  # Much less on an idle machine.
+        return run.out
+
+    def after_an_epoch(seed, signum):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        run = Run(folder, '--data-dir', data_dir, *FLAGS, '--seed', seed)
+        run.wait_for((folder / 'metrics.json').exists)
+        last = interrupted(run, signum).splitlines()[-1]
         assert tensors(folder) and (folder / 'new_images.png').exists()
         assert history(folder)[0].keys() == history(default.folder)[0].keys()
         assert (history(folder)[0] == history(default.folder)[0]) == (seed == 0)
-        return run
-    first, _ = parallel(interrupt, [0, 1], [signal.SIGINT, signal.SIGTERM])
-    last = first.out.splitlines()[-1]
-    arguments = shlex.split(last[last.index('main.py') + len('main.py'):])
-    assert Run(tmp_path / '0', *arguments).finish().code == 0
-    assert same(tensors(tmp_path / '0'), tensors(default.folder))
+        return folder, shlex.split(last[last.index('main.py') + len('main.py'):])
 
+    def resumed():
+        folder, arguments = after_an_epoch(0, signal.SIGINT)
+        assert Run(folder, *arguments).finish().code == 0
+        assert same(tensors(folder), tensors(default.folder))
 
-def test_interrupted_at_awkward_moments(finished, data_dir):
-    """While it starts, and twice while it draws the figures in the end."""
-    def start_up(_):
+    def start_up():
         run = Run(finished, '--data-dir', data_dir)
         run.wait_for(run.handles_signals)
         time.sleep(.5)
-        run.signal(signal.SIGINT)
-        return run.finish()
+        interrupted(run, signal.SIGINT)
 
-    def figures(_):
-        run = Run(finished, '--data-dir', data_dir, *FLAGS, '--resume')
+    def figures():
         events = len(list(finished.glob('logs/*/*/*')))
+        run = Run(finished, '--data-dir', data_dir, *FLAGS, '--resume')
         run.wait_for(lambda: len(list(finished.glob('logs/*/*/*'))) > events + 1)
         time.sleep(1)
-        run.signal(signal.SIGINT)
-        time.sleep(.02)
-        run.signal(signal.SIGINT)
-        return run.finish()
+        interrupted(run, signal.SIGINT, .02)
 
-    for run in parallel(lambda function: function(0), [start_up, figures]):
-        assert run.code == 130 and run.err == ''
-    assert tensors(finished)
+    parallel(lambda moment: moment(), [
+        resumed, lambda: after_an_epoch(1, signal.SIGTERM), figures, start_up])
+    assert same(tensors(finished), tensors(default.folder))
 
 
 # ---------------------------------------------------------------------------------------- Failures
@@ -525,6 +548,7 @@ def disks(tmp_path):
 
 
 def test_full_disk(default, finished, data_dir, disks):
+    """Before anything is written, and when there is room for some of the files."""
     used = sum(path.stat().st_size for path in finished.rglob('*')) // 1024
     small, large = disks(500), disks(used + 6000)
     for path in finished.iterdir():
@@ -537,30 +561,22 @@ def test_full_disk(default, finished, data_dir, disks):
     assert listing(large) == before
 
 
-def test_folder_that_cannot_be_written_or_disappears(finished, data_dir):
-    def below_a_file():
-        return Run(finished, '--data-dir', data_dir, '--output-dir', 'metrics.json/x').finish()
-
-    def disappears():
-        run = Run(finished, '--data-dir', data_dir, *FLAGS, '--output-dir', 'new')
-        run.wait_for((finished / 'new' / 'metrics.json').exists)
-        (finished / 'new').rename(finished / 'moved')
-        return run.finish()
-
-    first, second = parallel(lambda function: function(), [below_a_file, disappears])
-    assert_one_line(first, 1, '--output-dir', 'metrics.json/x')
-    assert_one_line(second, 1, 'new')
-    assert tensors(finished / 'moved')
+def test_folder_that_cannot_be_written(finished, data_dir):
+    line = refusal(finished / 'metrics.json' / 'x', '--data-dir', data_dir)
+    assert line.startswith('--output-dir') and 'metrics.json/x' in line
 
 
-def test_flags(tmp_path):
-    bad = [['--epochs', '-1'], ['--batch-size', '0'], ['--code-size', 'x'],
-           ['--learning-rate', 'nan'], ['--nonsense']]
-    runs = parallel(lambda flags: Run(tmp_path, *flags).finish(), [*bad, ['--help']])
-    for (flag, *_), run in zip(bad, runs):
-        assert_one_line(run, 2, flag)
-    assert runs[-1].code == 0 and runs[-1].err == ''
-    flags = re.findall(r'^  (--[a-z-]+)(.*?)(?=^  -|\Z)', runs[-1].out, re.M | re.S)
+def test_flags(tmp_path, capsys):
+    for flag, value in [('--epochs', '-1'), ('--batch-size', '0'), ('--code-size', 'x'),
+                        ('--learning-rate', 'nan')]:
+        with pytest.raises(SystemExit) as error:
+            main.parse_arguments([flag, value])
+        line, = capsys.readouterr().err.splitlines()
+        assert error.value.code == 2 and flag in line
+    bad, good = parallel(lambda flag: Run(tmp_path, flag).finish(), ['--nonsense', '--help'])
+    assert_one_line(bad, 2, '--nonsense')
+    assert good.code == 0 and good.err == ''
+    flags = re.findall(r'^  (--[a-z-]+)(.*?)(?=^  -|\Z)', good.out, re.M | re.S)
     assert {flag for flag, _ in flags} == {
         '--data-dir', '--dataset', '--output-dir', '--epochs', '--batch-size', '--learning-rate',
         '--code-size', '--patience', '--seed', '--resume'}
