@@ -123,6 +123,12 @@ def batches(images, batch_size, seed, epoch):
         yield images[order[start:start + batch_size]]
 
 
+def to_float(images):
+    """Bytes as float32 from 0 to 1, as the network takes them. Here they are converted faster than
+    in the graph."""
+    return images / np.float32(255)
+
+
 def _split(name, arrays, warning=None):
     """Makes the `Dataset` of training images and labels, test images and labels."""
     digest = hashlib.sha256()

@@ -88,10 +88,10 @@ def parse_arguments(arguments=None):
         help='mnist: the files of the data folder, else download MNIST into it; auto: the same, '
              'else draw synthetic digits; synthetic: draw them at once')
     add('--output-dir', default='.', help='folder of everything that is written')
-    add('--epochs', type=number(int, 1, 10 ** 6), default=11,
+    add('--epochs', type=number(int, 1, 10 ** 6), default=12,
         help='passes over the training images')
     add('--batch-size', type=number(int, 1, 10 ** 6), default=128, help='images a step')
-    add('--learning-rate', type=number(float, 1e-12, 1e12), default=8e-3,
+    add('--learning-rate', type=number(float, 1e-12, 1e12), default=1e-2,
         help='the highest step size of Adam: it is warmed up and then decays to zero')
     add('--code-size', type=number(int, 1, 10 ** 4), default=14, help='dimensions of the code')
     add('--patience', type=number(int, 1, 10 ** 6), default=10,
@@ -176,10 +176,7 @@ def keep_freed_memory():
 
 
 def build(args, dataset):
-    """Builds the graph, which takes images as bytes, `pixels:0`, or as floats, `images:0`."""
-    pixels = tf.placeholder(tf.uint8, [None, 28, 28], 'pixels')
-    images = tf.placeholder_with_default(tf.cast(pixels, tf.float32) / 255, [None, 28, 28],
-                                         'images')
+    images = tf.placeholder(tf.float32, [None, 28, 28], 'images')
     learning_rate = tf.placeholder(tf.float32, [], 'learning_rate')
     tf.constant(dataset.name, name='dataset')
     # A pixel that is never inked has a mean of 0; half a grey level keeps its logit finite.
@@ -218,7 +215,7 @@ def train(args, dataset, model, session, state, checkpoint):
                 rate = learning_rate(step, args.epochs * batches, args.learning_rate)
                 _, elbo, divergence = session.run(
                     [model.optimize, model.elbo, model.reg],
-                    {'pixels:0': images, 'learning_rate:0': rate})
+                    {'images:0': data.to_float(images), 'learning_rate:0': rate})
                 require_finite(elbo, epoch, i + 1)
                 divergence = divergence.mean()
                 totals += len(images) * np.array([-elbo, divergence])
@@ -266,7 +263,8 @@ def evaluate(session, model, images):
     totals, codes = np.zeros(2), []
     for start in range(0, len(images), CHUNK):
         chunk = images[start:start + CHUNK]
-        elbo, divergence, mu = session.run([model.elbo, model.reg, 'mu:0'], {'pixels:0': chunk})
+        elbo, divergence, mu = session.run([model.elbo, model.reg, 'mu:0'],
+                                           {'images:0': data.to_float(chunk)})
         totals += [-elbo * len(chunk), divergence.sum()]
         codes.append(mu)
     return (*totals / len(images), np.concatenate(codes))
@@ -549,10 +547,10 @@ def draw_reconstructions(args, dataset, session):
     """Writes `reconstructions.png`: ten test images of each class above their reconstructions."""
     pairs = np.zeros([10, 2, 10, 28, 28])  # Stays black where a class has fewer images.
     for digit, (originals, reconstructions) in enumerate(pairs):
-        images = dataset.test_images[dataset.test_labels == digit][:10]
+        images = data.to_float(dataset.test_images[dataset.test_labels == digit][:10])
         if len(images):
-            originals[:len(images)] = images / 255
-            reconstructions[:len(images)] = session.run('reconstruction:0', {'pixels:0': images})
+            originals[:len(images)] = images
+            reconstructions[:len(images)] = session.run('reconstruction:0', {'images:0': images})
     figure = Figure(figsize=(6, 11.5), tight_layout=True)
     axes = figure.subplots()
     axes.imshow(mosaic(pairs.reshape(-1, 28, 28)), cmap='gray', vmin=0, vmax=1)

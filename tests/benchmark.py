@@ -49,7 +49,7 @@ def step_operations(model, batch):
     convolutions = [op for op in operations if op.type.startswith('Conv2D')]
 
     def shapes(tensors):
-        return session.run([tf.shape(t) for t in tensors], {'pixels:0': batch,
+        return session.run([tf.shape(t) for t in tensors], {'images:0': data.to_float(batch),
                                                             'learning_rate:0': 0.})
     total = 0
     for op, a, out in zip(products, shapes([op.inputs[0] for op in products]),
@@ -77,7 +77,7 @@ def run():
 
         def step():
             session.run([model.optimize, model.elbo, model.reg],
-                        {'pixels:0': next(batches), 'learning_rate:0': 1e-4})
+                        {'images:0': data.to_float(next(batches)), 'learning_rate:0': 1e-4})
         step()
         start_up = time.time() - START
         gc.freeze()

@@ -339,7 +339,7 @@ def test_readme_restores_as_it_says(elsewhere):
 
 
 def test_reader_never_fails_nor_sees_a_mixture(data_dir, tmp_path):
-    run = Run(tmp_path, '--data-dir', data_dir, '--epochs', 6, '--batch-size', 73)
+    run = Run(tmp_path, '--data-dir', data_dir, '--epochs', 8, '--batch-size', 73)
     prefix = str(tmp_path / 'new_model.ckpt')
     run.wait_for((tmp_path / 'new_model.ckpt.index').exists)
     images, seen, restores = np.load(str(data_dir.parent / 'images.npy')), {}, 0

@@ -321,6 +321,17 @@ def test_training_gradient(small):
                                    err_msg=variable.name)
 
 
+def test_gradient_of_the_images(small):
+    """A gradient of the cross-entropy that leaves out, or turns, that of the images."""
+    images = pictures(3)
+    inputs = small.session.graph.get_tensor_by_name('images:0')
+    gradient, = small.session.run(tf.gradients(small.result.elbo, inputs), {inputs: images})
+    direction = np.random.RandomState(0).randn(*images.shape)
+    direction -= direction.mean()  # The noise depends on the images' sum.
+    above, below = (fetch(small, 'elbo', images + step * direction) for step in (.001, -.001))
+    np.testing.assert_allclose((above - below) / .002, np.sum(gradient * direction), rtol=.02)
+
+
 def test_training_lowers_the_loss(small):
     images = np.tile(pictures(1), [8, 1, 1])
     before = fetch(small, 'elbo', images)
