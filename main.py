@@ -27,7 +27,8 @@ if __name__ == '__main__':
     # Imports and the graph make millions of objects and no garbage: to look for some in them takes
     # half a second until training starts, and another one when Python ends.
     gc.disable()
-    # Until training has its own handler, a signal ends the run at once; nothing is written by then.
+    # Until training has its own handler, a signal ends the run at once; what is being written then
+    # does not have its name yet.
     for signum in signal.SIGINT, signal.SIGTERM:
         signal.signal(signum, lambda signum, frame: os._exit(128 + signum))
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # No word on this processor's features.
@@ -148,10 +149,12 @@ def run(args):
             set_variables(session, state['best'])
             report(args, dataset, model, session, state, checkpoint, start)
             checkpoint.tidy()
+            end_at_signals()
         except Interrupted as interrupted:
             if not state['best']:
                 print('\nInterrupted before the end of the first epoch: nothing is saved.')
             else:
+                save_state(args, state)  # Perhaps the signal came just before it did.
                 checkpoint.save(state['best'])
                 set_variables(session, state['best'])
                 written = draw_samples(args, dataset, session.run(model.samples))
@@ -225,20 +228,21 @@ def train(args, dataset, model, session, state, checkpoint):
             training = totals / len(dataset.train_images)
             *validation, _ = evaluate(session, model, dataset.validation_images)
             require_finite(validation[0], epoch, batches)
-            history.append({
+            history = history + [{
                 'epoch': epoch,
                 'training_negative_elbo': training[0], 'training_divergence': training[1],
                 'validation_negative_elbo': validation[0], 'validation_divergence': validation[1],
-                'seconds': time.time() - epoch_start})
+                'seconds': time.time() - epoch_start}]
             print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
                   % (epoch, args.epochs, training[0], *validation, time.time() - epoch_start))
-            state['variables'] = session.run({v.op.name: v for v in tf.global_variables()})
+            variables = session.run({v.op.name: v for v in tf.global_variables()})
+            best = state['best']
             if best_epoch(history) == epoch:
-                state['best'] = {v.op.name: state['variables'][v.op.name]
-                                 for v in model_variables()}
+                best = {v.op.name: variables[v.op.name] for v in model_variables()}
+            # At once, so that a signal finds all of the epoch in it or nothing.
+            state.update(history=history, variables=variables, best=best)
             save_state(args, state)
-            if best_epoch(history) == epoch:
-                checkpoint.save(state['best'])
+            checkpoint.save(best)
             validation_log.add(epoch * batches, *validation, rate)
             validation_log.add_picture(epoch * batches, mosaic(session.run(model.samples)))
             draw_training_curves(args, dataset, history)
@@ -273,11 +277,15 @@ def evaluate(session, model, images):
 def handle_signals():
     """The first SIGINT or SIGTERM raises `Interrupted`, a second one ends the process."""
     def interrupt(signum, frame):
-        for each in signal.SIGINT, signal.SIGTERM:
-            signal.signal(each, lambda signum, frame: os._exit(128 + signum))
+        end_at_signals()
         raise Interrupted(signum)
     for signum in signal.SIGINT, signal.SIGTERM:
         signal.signal(signum, interrupt)
+
+
+def end_at_signals():
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, lambda signum, frame: os._exit(128 + signum))
 
 
 # ---------------------------------------------------------------------------------------- Files
@@ -625,6 +633,8 @@ def main():
     except (RunError, data.DataError) as error:
         print('Error: %s' % error, file=sys.stderr)
         return 1
+    except Interrupted as interrupted:  # While such an error was on its way.
+        return 128 + interrupted.args[0]
 
 
 if __name__ == '__main__':

@@ -99,7 +99,7 @@ class Network:
         posterior, prior = tf.distributions.Normal(mu, sigma), tf.distributions.Normal(0., 1.)
         divergence = tf.reduce_sum(
             tf.distributions.kl_divergence(posterior, prior), 1, name='divergence')
-        # Summed half by half, so that neither half waits for the other before its gradients.
+        # Summed half by half, so that neither half's decoder waits for the other half.
         loss = tf.add_n([*cross_entropies, tf.reduce_sum(divergence)]) / tf.cast(count, tf.float32)
         elbo = tf.negative(loss, 'elbo')
         tf.identity(self.decoder(code).mean(), 'reconstruction')

@@ -366,14 +366,14 @@ def test_killed_at_any_moment_and_resumed(default, data_dir, tmp_path):
 
     def chain(number):
         """Kills and resumes runs, until there were half of the kills and the last run ends."""
-        rng, kills, code = random.Random(number), 0, 0
-        while kills < KILLS // 2 or code != 0:
+        rng, kills, code, quota = random.Random(number), 0, 0, (KILLS + number) // 2
+        while kills < quota or code != 0:
             if code == 0:  # At first, and after a run that ended before it could be killed.
                 folder, resume = pathlib.Path(tempfile.mkdtemp(dir=str(tmp_path))), []
             events = len(list(folder.glob('logs/*/*/*')))
             run = Run(folder, '--data-dir', data_dir, *FLAGS, *resume)
             run.wait_for(lambda: len(list(folder.glob('logs/*/*/*'))) > events)
-            if kills < KILLS // 2:
+            if kills < quota:
                 epochs = rng.randrange(EPOCHS)
                 run.wait_for(lambda: len(history(folder)) >= epochs)
                 time.sleep(rng.uniform(0, epoch))
@@ -479,10 +479,10 @@ def test_new_run_replaces_nothing_before_its_first_epoch_ends(finished, data_dir
 
 def test_interrupted(default, finished, data_dir, tmp_path):
     """After an epoch, and then resumed; while it starts; and twice while it draws in the end."""
-    def interrupted(run, signum, *again):
+    def interrupted(run, signum, again=False):
         run.signal(signum)
-        for pause in again:
-            time.sleep(pause)
+        while again and run.process.poll() is None:
+            time.sleep(.02)
             run.signal(signum)
         start = time.time()
         run.finish()
@@ -513,11 +513,10 @@ def test_interrupted(default, finished, data_dir, tmp_path):
         interrupted(run, signal.SIGINT)
 
     def figures():
-        events = len(list(finished.glob('logs/*/*/*')))
+        before = (finished / 'metrics.json').stat().st_mtime_ns
         run = Run(finished, '--data-dir', data_dir, *FLAGS, '--resume')
-        run.wait_for(lambda: len(list(finished.glob('logs/*/*/*'))) > events + 1)
-        time.sleep(1)
-        interrupted(run, signal.SIGINT, .02)
+        run.wait_for(lambda: (finished / 'metrics.json').stat().st_mtime_ns != before)
+        assert 'Go on with' not in interrupted(run, signal.SIGINT, again=True)
 
     parallel(lambda moment: moment(), [
         resumed, lambda: after_an_epoch(1, signal.SIGTERM), figures, start_up])
@@ -545,10 +544,10 @@ def disks(tmp_path):
         subprocess.call(['umount', str(folder)])
 
 
-def test_full_disk(default, finished, data_dir, disks):
-    """Before anything is written, and when there is room for some of the files."""
+def test_full_disk(finished, data_dir, disks):
+    """With room for the state alone; and, beside what an earlier run wrote, for not even that."""
     used = sum(path.stat().st_size for path in finished.rglob('*')) // 1024
-    small, large = disks(500), disks(used + 6000)
+    small, large = disks(22000), disks(used + 6000)
     for path in finished.iterdir():
         if path.is_file():
             shutil.copy(str(path), str(large))
@@ -556,6 +555,8 @@ def test_full_disk(default, finished, data_dir, disks):
     for run in parallel(lambda folder: Run(folder, '--data-dir', data_dir, *FLAGS).finish(),
                         [small, large]):
         assert_one_line(run, 1, 'No space left')
+    assert (small / 'training_state.npz').exists()
+    assert not list(small.glob('new_model.ckpt*'))
     assert listing(large) == before
 
 
