@@ -7,47 +7,36 @@ paper and 255 for ink; all labels are uint8 arrays `[n]`.
 
 import gzip
 import hashlib
-import http.client
 import os
-import queue
+import socket
 import stat
 import struct
 import sys
 import tempfile
-import threading
-import time
 import typing
-import urllib.request
 import zlib
 
 import numpy as np
 
-# The four files of a set, and for MNIST itself the gzipped size in bytes and the SHA-256.
+# The four files of a set, and the SHA-256 of MNIST's own, gzipped.
 # Format: Y. LeCun, C. Cortes, C. Burges, http://yann.lecun.com/exdb/mnist/.
 FILES = {
-    'train-images-idx3-ubyte':
-        (9912422, '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609'),
-    'train-labels-idx1-ubyte':
-        (28881, '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c'),
-    't10k-images-idx3-ubyte':
-        (1648877, '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6'),
-    't10k-labels-idx1-ubyte':
-        (4542, 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6'),
+    'train-images-idx3-ubyte': '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
+    'train-labels-idx1-ubyte': '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
+    't10k-images-idx3-ubyte': '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
+    't10k-labels-idx1-ubyte': 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
 }
 MIRRORS = ['https://ossci-datasets.s3.amazonaws.com/mnist/',
            'https://storage.googleapis.com/cvdf-datasets/mnist/']
 TIMEOUT = 10  # Seconds that a mirror may take to connect or to send the next bytes.
-SLOWEST = 10000  # Bytes per second that it has to send beyond those first seconds.
 MNIST_FINGERPRINT = '25c98f992c005963'  # Of the content of those four files.
 
 # A header may claim this many bytes for each byte on disk, or SMALL bytes in any case. MNIST needs
 # 5 and its black-and-white version 21, where a gzip bomb has 1000.
 MAX_RATIO, SMALL = 25, 2 ** 26
 
-SYNTHETIC_FILE = 'synthetic_digits.bin'
+SYNTHETIC_FOLDER = 'synthetic_digits'  # Within the data folder.
 SYNTHETIC_COUNTS = 60000, 10000  # Training (with validation) and test images.
-SYNTHETIC_SEED = 0
-SYNTHETIC_VERSION = 1  # Raise it with each change to how digits are drawn: old ones are redrawn.
 
 
 class DataError(Exception):
@@ -68,7 +57,7 @@ class Dataset(typing.NamedTuple):
     test_images: np.ndarray
     test_labels: np.ndarray
     fingerprint: str  # 16 hexadecimal digits that identify the content.
-    warning: typing.Optional[str]  # What to tell the user again at the end of the run.
+    warning: typing.Optional[str] = None  # What to tell the user again at the end of the run.
 
 
 def load(data_dir, dataset='auto'):
@@ -76,7 +65,7 @@ def load(data_dir, dataset='auto'):
 
     Args:
         data_dir: Folder of the four IDX files, gzipped or not. MNIST is downloaded into it if it
-            has none of them; synthetic digits are kept in it too.
+            has none of them; synthetic digits are kept in a folder of their own within it.
         dataset: 'mnist' for the IDX files, whatever set they hold; 'auto' for the same, or else
             synthetic digits if there are none and none can be downloaded; or 'synthetic'.
 
@@ -86,25 +75,39 @@ def load(data_dir, dataset='auto'):
     Raises:
         DataError: the files are damaged, do not belong together, or are not to be had.
     """
-    if dataset == 'synthetic':
-        return _load_synthetic(data_dir)
+    name, warning = 'IDX files in %s' % data_dir, None
     try:
-        paths = _find(data_dir) or _download(data_dir)
-    except DownloadError as error:
+        paths = dataset != 'synthetic' and (_find(data_dir) or _download(data_dir))
+    except DownloadError:
         if dataset == 'mnist':
             raise
-        warning = 'Warning: this run uses synthetic digits, not MNIST. ' + str(error)
+        paths = None
+        warning = 'Warning: this run uses synthetic digits, as MNIST cannot be downloaded.'
         print(warning, file=sys.stderr)
-        return _load_synthetic(data_dir, warning)
+    if not paths:
+        name, paths = 'synthetic digits', _synthetic(os.path.join(data_dir, SYNTHETIC_FOLDER))
+
     arrays = [read_idx(path, shape) for path, shape in zip(paths, [(28, 28), ()] * 2)]
-    for images, labels, path in [(*arrays[:2], paths[1]), (*arrays[2:], paths[3])]:
-        if len(images) != len(labels):
+    images, labels, test_images, test_labels = arrays
+    for some, others, path in [(images, labels, paths[1]), (test_images, test_labels, paths[3])]:
+        if len(some) != len(others):
             raise DataError('%s: holds %d labels for %d images; use files of one set'
-                            % (path, len(labels), len(images)))
-    if len(arrays[0]) < 2:
+                            % (path, len(others), len(some)))
+    if len(images) < 2:
         raise DataError('%s: holds 1 image; at least 2 are needed, to train and to validate'
                         % paths[0])
-    return _split('IDX files in %s' % data_dir, arrays)
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(array)
+    fingerprint = digest.hexdigest()[:16]
+    if fingerprint == MNIST_FINGERPRINT:
+        name = 'MNIST'
+    held_out = max(1, len(images) * 5000 // 60000)
+    print('Data: %s: %d training, %d validation and %d test images.'
+          % (name, len(images) - held_out, held_out, len(test_images)))
+    return Dataset(name, images[held_out:], labels[held_out:], images[:held_out],
+                   labels[:held_out], test_images, test_labels, fingerprint, warning)
 
 
 def batches(images, batch_size, seed, epoch):
@@ -124,52 +127,31 @@ def batches(images, batch_size, seed, epoch):
 
 
 def to_float(images):
-    """Bytes as float32 from 0 to 1, as the network takes them. Here they are converted faster than
-    in the graph."""
+    """Bytes as float32 from 0 to 1, as the network takes them."""
     return images / np.float32(255)
-
-
-def _split(name, arrays, warning=None):
-    """Makes the `Dataset` of training images and labels, test images and labels."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(repr(array.shape).encode())
-        digest.update(array)
-    fingerprint = digest.hexdigest()[:16]
-    if fingerprint == MNIST_FINGERPRINT:
-        name = 'MNIST'
-    images, labels, test_images, test_labels = arrays
-    held_out = max(1, len(images) * 5000 // 60000)
-    print('Data: %s: %d training, %d validation and %d test images.'
-          % (name, len(images) - held_out, held_out, len(test_images)))
-    return Dataset(name, images[held_out:], labels[held_out:], images[:held_out],
-                   labels[:held_out], test_images, test_labels, fingerprint, warning)
 
 
 # ---------------------------------------------------------------------------------------- Found
 
 
-def _find(data_dir, look_again=True):
-    """Paths of the four IDX files in `data_dir`, or `[]` if there are none."""
+def _find(folder):
+    """Paths of the four IDX files in `folder`, or `[]` if there are none."""
     try:
-        present = set(os.listdir(data_dir))
+        present = set(os.listdir(folder))
     except FileNotFoundError:
         present = set()
     except OSError as error:
         raise DataError('%s: cannot be read as a folder (%s); choose another with --data-dir'
-                        % (data_dir, error.strerror)) from error
+                        % (folder, error.strerror)) from error
     names = [name if name in present else name + '.gz' for name in FILES]
     missing = [name for name in names if name not in present]
     if len(missing) == len(names):
         return []
-    if missing and look_again:
-        # Perhaps another run is just moving its download into place.
-        time.sleep(0.1)
-        return _find(data_dir, look_again=False)
     if missing:
         raise DataError('%s: is missing while others of the four files are there; add it, or move '
-                        'them away to download MNIST' % os.path.join(data_dir, missing[0]))
-    return [os.path.join(data_dir, name) for name in names]
+                        'them away to have all of them made anew'
+                        % os.path.join(folder, missing[0]))
+    return [os.path.join(folder, name) for name in names]
 
 
 def read_idx(path, item_shape):
@@ -193,7 +175,7 @@ def read_idx(path, item_shape):
             return _parse_idx(file, item_shape, max(SMALL, MAX_RATIO * status.st_size))
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError('%s: %s; replace it with a whole copy, or move the four files away to '
-                        'download MNIST' % (path, getattr(error, 'strerror', None) or error)
+                        'have them made anew' % (path, getattr(error, 'strerror', None) or error)
                         ) from error
 
 
@@ -223,93 +205,75 @@ def _parse_idx(file, item_shape, max_size):
     return np.frombuffer(content, np.uint8).reshape((count,) + item_shape)
 
 
-# -------------------------------------------------------------------------------------- Fetched
+# --------------------------------------------------------------------------------- Fetched, made
 
 
 def _download(data_dir):
     """Downloads MNIST into `data_dir` and returns the paths of its four files.
 
-    Nothing is written before all four are verified. A mirror that fails is not asked again.
+    Nothing gets its name before all four are verified. A mirror that fails is not asked again.
     """
-    from tensorflow.keras.utils import Progbar  # Here, as this import takes seconds.
-    mirrors, failures, contents = list(MIRRORS), [], {}
-    print('Downloading MNIST into %s:' % data_dir)
-    progress = Progbar(sum(size for size, _ in FILES.values()), unit_name='byte')
-    progress.update(0)
-    for name, (size, sha256) in FILES.items():
-        while name + '.gz' not in contents:
-            if not mirrors:
-                print()  # Ends the line of the progress bar.
-                raise DownloadError(
-                    '%s: MNIST is not there and cannot be downloaded (%s); put its four files '
-                    'there or use --dataset synthetic' % (data_dir, ', '.join(failures)))
-            done = sum(map(len, contents.values()))
-            try:
-                content = _fetch(mirrors[0] + name + '.gz', size,
-                                 lambda received: progress.update(done + received))
-                if hashlib.sha256(content).hexdigest() != sha256:
+    from tensorflow.keras.utils import get_file  # Here, as only this needs TensorFlow.
+    mirrors, failures = list(MIRRORS), []
+
+    def fetch(folder):
+        for name, sha256 in FILES.items():
+            while True:
+                if not mirrors:
+                    raise DownloadError(
+                        '%s: MNIST is not there and cannot be downloaded (%s); put its four files '
+                        'there or use --dataset synthetic' % (data_dir, ', '.join(failures)))
+                try:
+                    path = get_file(name + '.gz', mirrors[0] + name + '.gz', cache_dir=folder,
+                                    cache_subdir='')
+                    with open(path, 'rb') as file:
+                        if hashlib.sha256(file.read()).hexdigest() == sha256:
+                            break
+                    os.remove(path)
                     raise ValueError('sends something other than %s' % name)
-                contents[name + '.gz'] = content
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                # What a mirror sends may stand in the error: at most a short line of it.
-                reason = ' '.join(str(error).split())[:100]
-                failures.append('%s: %s' % (mirrors.pop(0), reason))
-    # In the meantime another run, or the user, may have put a set there: then it stays.
-    if not _find(data_dir):
-        try:
-            _keep(data_dir, contents)
-        except OSError as error:
-            raise DataError('%s: cannot be written (%s); choose another with --data-dir'
-                            % (data_dir, error.strerror)) from error
-    return _find(data_dir)
+                except Exception as error:  # `get_file` raises nothing more particular.
+                    # What a mirror sends may stand in the error: at most a short line of it.
+                    reason = ' '.join(str(error).split())[-100:].split(': ')[-1]
+                    failures.append('%s: %s' % (mirrors.pop(0), reason))
+
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        return _keep(data_dir, fetch)
+    finally:
+        socket.setdefaulttimeout(previous)
 
 
-def _fetch(url, size, progress):
-    """Returns what `url` sends, but no more than one chunk beyond `size` bytes.
+def _synthetic(folder):
+    """Paths of the four files of synthetic digits in `folder`, drawn if they are not there."""
+    train, test = SYNTHETIC_COUNTS
 
-    A thread receives it, as a socket's time-out alone bounds neither the look-up of a name, nor
-    its many addresses, tried in turn, nor a mirror that sends one byte now and then.
-    """
-    chunks = queue.Queue(maxsize=1)
-
-    def receive():
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                for chunk in iter(lambda: response.read1(2 ** 16), b''):
-                    chunks.put(chunk)
-            chunks.put(b'')
-        except Exception as error:  # For the caller's thread to raise.
-            chunks.put(error)
-
-    threading.Thread(target=receive, daemon=True).start()
-    content, start = bytearray(), time.monotonic()
-    while len(content) <= size:
-        patience = start + TIMEOUT + len(content) / SLOWEST - time.monotonic()
-        try:
-            chunk = chunks.get(timeout=min(max(patience, 0), TIMEOUT))
-        except queue.Empty:
-            raise ValueError('is silent or too slow') from None
-        if isinstance(chunk, Exception):
-            raise chunk
-        if not chunk:
-            break
-        content += chunk
-        progress(min(len(content), size))
-    return content
+    def draw(unfinished):
+        print('Drawing %d synthetic digits; this takes about ten seconds.' % (train + test))
+        images, labels = synthesize(train + test, seed=0)
+        for name, array in zip(FILES, [images[:train], labels[:train],
+                                       images[train:], labels[train:]]):
+            with open(os.path.join(unfinished, name), 'wb') as file:
+                file.write(struct.pack('>%dI' % (1 + array.ndim), 2048 + array.ndim, *array.shape))
+                file.write(array)
+    return _find(folder) or _keep(folder, draw)
 
 
-def _keep(data_dir, contents):
-    """Writes files into `data_dir` beside their places and renames them: whole or not at all."""
-    os.makedirs(data_dir, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=data_dir) as folder:
-        for name, content in contents.items():
-            with open(os.path.join(folder, name), 'wb') as file:
-                file.write(content)
-        for name in contents:
-            os.replace(os.path.join(folder, name), os.path.join(data_dir, name))
+def _keep(folder, make):
+    """Has `make` write files into a hidden folder within `folder`, and then moves them there: all
+    or none, and none if a set has come in the meantime. Returns the paths of the four IDX files."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
+            make(unfinished)
+            if not _find(folder):
+                for name in sorted(os.listdir(unfinished)):
+                    os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
+        return _find(folder)
+    except OSError as error:
+        raise DataError('%s: cannot be written (%s); choose another with --data-dir'
+                        % (folder, error.strerror)) from error
 
-
-# ----------------------------------------------------------------------------------------- Made
 
 # Each digit's ways of being written. A way is strokes, with '/' where the pen is lifted; a stroke
 # is points 'x,y' that a smooth curve visits, y downwards; a point given twice is a corner.
@@ -340,34 +304,6 @@ GLYPHS = [
     ['74,20 50,2 22,14 20,40 46,50 70,34 76,10 76,10 72,56 66,100',
      '74,22 52,2 24,14 18,38 40,50 66,38 75,20 75,20 75,60 58,92 26,98'],
 ]
-
-
-def _load_synthetic(data_dir, warning=None):
-    """Reads the synthetic digits kept in `data_dir`, or draws them and keeps them there."""
-    path = os.path.join(data_dir, SYNTHETIC_FILE)
-    train, test = SYNTHETIC_COUNTS
-    title = b'synthetic digits, version %d, seed %d, %d + %d\n' % (
-        SYNTHETIC_VERSION, SYNTHETIC_SEED, train, test)
-    try:
-        with open(path, 'rb') as file:
-            content = file.read()
-    except OSError:
-        content = b''
-    checksum = hashlib.sha256(memoryview(content)[:-32]).digest()
-    if not content.startswith(title) or not content.endswith(checksum):
-        print('Drawing %d synthetic digits; this takes about ten seconds.' % (train + test))
-        content = b''.join([title, *synthesize(train + test, SYNTHETIC_SEED)])
-        content += hashlib.sha256(content).digest()
-        try:
-            _keep(data_dir, {SYNTHETIC_FILE: content})
-        except OSError as error:
-            print('%s: cannot be written (%s); the synthetic digits will be drawn again next time'
-                  % (path, error.strerror), file=sys.stderr)
-    pixels = (train + test) * 28 * 28
-    images = np.frombuffer(content, np.uint8, pixels, len(title)).reshape(-1, 28, 28)
-    labels = np.frombuffer(content, np.uint8, train + test, len(title) + pixels)
-    return _split('synthetic digits',
-                  (images[:train], labels[:train], images[train:], labels[train:]), warning)
 
 
 def synthesize(count, seed):
@@ -419,7 +355,7 @@ def _draw(glyph, count, rng):
     sigma = uniform(.7, 1.35)  # Of a spot of ink, in pixels.
     contrast = 1.6 * sigma  # Makes edges equally soft, about a pixel, with every pen.
     reach = sigma * np.sqrt(-2 * np.log(.5 - .5 / contrast))
-    extent = np.maximum(path.real.ptp(1), path.imag.ptp(1))[:, None]
+    extent = np.maximum(np.ptp(path.real, 1), np.ptp(path.imag, 1))[:, None]
     path *= (uniform(19, 20) - 2 * reach) / extent
     step = np.abs(np.diff(path, axis=1))
     # Of the steps before and after a point the shorter one: the other may be the pen in the air.

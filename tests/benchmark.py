@@ -3,10 +3,11 @@
 Run by hand on an otherwise idle machine: `make benchmark ARGS=--data-dir=FOLDER`.
 """
 
-import gc
+import contextlib
+import io
 import os
+import platform
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,14 +15,14 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 START = time.time()
-gc.disable()  # As `main.py` does until training starts.
 
-import main
-import data
 import numpy as np
-import tensorflow.compat.v1 as tf
 
-STEPS = 200
+import data
+import main
+from main import tf
+
+STEPS = 400
 
 
 def seconds(function, *args):
@@ -39,40 +40,32 @@ def matmul_rate(size=2048):
         return 2 * size ** 3 / np.median([seconds(session.run, product) for _ in range(15)])
 
 
-def step_operations(model, batch):
+def step_operations(session, model, feeds):
     """Floating-point operations of a step's matrix products and convolutions, from their shapes."""
-    session = tf.get_default_session()
     graph = tf.get_default_graph()
     needed = tf.graph_util.extract_sub_graph(graph.as_graph_def(), [model.optimize.name])
     operations = [graph.get_operation_by_name(node.name) for node in needed.node]
-    products = [op for op in operations if op.type == 'MatMul']
-    convolutions = [op for op in operations if op.type.startswith('Conv2D')]
-
-    def shapes(tensors):
-        return session.run([tf.shape(t) for t in tensors], {'images:0': data.to_float(batch),
-                                                            'learning_rate:0': 0.})
-    total = 0
-    for op, a, out in zip(products, shapes([op.inputs[0] for op in products]),
-                          shapes([op.outputs[0] for op in products])):
-        total += 2 * np.prod(out) * a[0 if op.get_attr('transpose_a') else 1]
-    for op in convolutions:
-        # The convolution from the large map to the small: its output times what each sums over.
-        kernel = op.outputs[0] if op.type == 'Conv2DBackpropFilter' else op.inputs[1]
-        small = op.outputs[0] if op.type == 'Conv2D' else op.inputs[2]
-        kernel, small = shapes([kernel, small])
-        total += 2 * np.prod(small) * np.prod(kernel[:3])
-    return total
+    shapes = []  # Of each, a tensor, and what each of its numbers sums over.
+    for op in operations:
+        if op.type == 'MatMul':
+            inner = op.inputs[0].shape[0 if op.get_attr('transpose_a') else 1].value
+            shapes.append((op.outputs[0], [inner or len(feeds['images:0']) // 2]))
+        elif op.type.startswith('Conv2D'):
+            # The convolution from the large map to the small: its output times what each sums over.
+            kernel = op.outputs[0] if op.type == 'Conv2DBackpropFilter' else op.inputs[1]
+            shapes.append((op.outputs[0] if op.type == 'Conv2D' else op.inputs[2],
+                           kernel.shape.as_list()[:3]))
+    sizes = session.run([tf.size(small) for small, _ in shapes], feeds)
+    return sum(2 * size * np.prod(summed) for size, (_, summed) in zip(sizes, shapes))
 
 
-def run():
+def run(folder):
     main.keep_freed_memory()
-    args = main.parse_arguments(sys.argv[1:])
-    args.output_dir = tempfile.mkdtemp()
+    args = main.parse_arguments([*sys.argv[1:], '--output-dir', folder, '--epochs', '1'])
     dataset = data.load(args.data_dir, args.dataset)
-    model = main.build(args, dataset)
-    main.Checkpoint(os.path.join(args.output_dir, 'new_model.ckpt'))
+    network, model = main.build(args, dataset)
     batches = data.batches(dataset.train_images, args.batch_size, 0, 1)
-    with tf.Session(config=main.TWO_CORES) as session:
+    with tf.Session(config=main.THREADS) as session:
         session.run(tf.global_variables_initializer())
 
         def step():
@@ -80,29 +73,22 @@ def run():
                         {'images:0': data.to_float(next(batches)), 'learning_rate:0': 1e-4})
         step()
         start_up = time.time() - START
-        gc.freeze()
-        gc.enable()
         times = np.array([seconds(step) for _ in range(STEPS)])
         evaluation = seconds(main.evaluate, session, model, dataset.test_images)
-        state = {'history': [dict(
+        metrics = {'log_dir': 'logs', 'history': [dict(
             epoch=1, training_negative_elbo=1., training_divergence=1.,
             validation_negative_elbo=1., validation_divergence=1.)]}
-        codes = np.random.normal(size=(len(dataset.test_images), args.code_size))
-
-        def draw():
-            main.draw_samples(args, dataset, session.run(model.samples))
-            main.draw_training_curves(args, dataset, state['history'])
-            main.draw_reconstructions(args, dataset, session)
-            main.draw_latent_space(args, dataset, session, codes)
-        drawing = seconds(draw)
+        with contextlib.redirect_stdout(io.StringIO()):
+            report = seconds(main.report, args, dataset, network, model, session, metrics)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        operations = step_operations(model, next(batches))
+        operations = step_operations(session, model, {
+            'images:0': data.to_float(next(batches)), 'learning_rate:0': 0.})
     # In a process of its own, since the first session sets the threads of all.
     peak = float(subprocess.check_output([sys.executable, __file__, 'matmul']))
     low, median, high = np.percentile(times, [10, 50, 90])
-    parameters = sum(int(np.prod(v.shape)) for v in tf.trainable_variables())
     for name, value in [
-            ('parameters', '%d' % parameters),
+            ('TensorFlow, Python', '%s, %s' % (tf.VERSION, platform.python_version())),
+            ('parameters', '%d' % sum(int(np.prod(v.shape)) for v in tf.trainable_variables())),
             ('operations a step', '%.2f GFLOP' % (operations / 1e9)),
             ('step of %d images' % args.batch_size,
              '%.1f ms (10%%: %.1f, 90%%: %.1f)' % (1e3 * median, 1e3 * low, 1e3 * high)),
@@ -112,14 +98,14 @@ def run():
             ('rate / matmul', '%.0f %%' % (100 * operations / median / peak)),
             ('start to first step', '%.1f s' % start_up),
             ('evaluation of %d images' % len(dataset.test_images), '%.1f s' % evaluation),
-            ('drawing all figures', '%.1f s' % drawing),
+            ('drawing all figures', '%.1f s' % (report - evaluation)),
             ('peak memory', '%.0f MB' % memory)]:
         print('%-28s %s' % (name, value))
-    shutil.rmtree(args.output_dir)
 
 
 if __name__ == '__main__':
     if sys.argv[1:] == ['matmul']:
         print(matmul_rate())
     else:
-        run()
+        with tempfile.TemporaryDirectory() as folder:
+            run(folder)

@@ -9,3 +9,4 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tensorflow.compat.v1 as tf
 
 tf.logging.set_verbosity('ERROR')
+tf.disable_v2_behavior()

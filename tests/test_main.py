@@ -1,15 +1,14 @@
 """Tests of the whole command, run as a user runs it, on a small set of images that they make.
 
-The environment variable KILLS says how often the test of `kill -9` kills, e.g. 100.
+The environment variable KILLS says how often the test of `kill -9` kills: 2 times unless told.
 """
 
+import argparse
 import concurrent.futures
-import contextlib
-import glob
-import io
 import json
 import os
 import pathlib
+import platform
 import random
 import re
 import shlex
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
@@ -33,19 +33,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get('KILLS', 2))
 EPOCHS, STEPS = 3, 7  # Of `FLAGS`; the set has 220 images to train on.
 FLAGS = ['--epochs', str(EPOCHS), '--batch-size', '32']
+# A run with all else that there is; it soon gets worse, so that its best epoch is not its last one.
+WORSE = ['--code-size', '2', '--learning-rate', '.1', '--epochs', '20', '--patience', '2',
+         '--mixture-components', '3', '--importance-samples', '4']
 PICTURES = ['new_images.png', 'training_curves.png', 'reconstructions.png', 'latent_space.png']
+ENDS = ['.index', '.data-00000-of-00001']  # Of the names of a checkpoint's files.
 
 # Uses the checkpoint of the current folder by the public names alone.
 RESTORE = '''
 import numpy as np
 import tensorflow.compat.v1 as tf
 images = np.load('images.npy')
-with tf.Session() as session:
+with tf.Graph().as_default(), tf.Session() as session:
     tf.train.import_meta_graph('new_model.ckpt.meta').restore(session, 'new_model.ckpt')
-    names = ['elbo', 'divergence', 'mu', 'sigma', 'code', 'reconstruction']
-    result = dict(zip(names, session.run([n + ':0' for n in names], {'images:0': images})))
+    names = ['elbo', 'divergence', 'mu', 'sigma', 'code', 'reconstruction', 'samples']
+    result = {n: session.run(n + ':0', {'images:0': images}) for n in names}
     result['decoded'] = session.run('reconstruction:0', {'code:0': result['code']})
-    result['samples'] = session.run('samples:0')
     result['three'] = session.run('samples:0', {'num_samples:0': 3})
     elbo, images_in = map(session.graph.get_tensor_by_name, ['elbo:0', 'images:0'])
     result['slope'] = session.run(tf.gradients(elbo, images_in)[0], {'images:0': images})
@@ -56,13 +59,13 @@ np.savez('result.npz', **result)
 class Run:
     """The command, started in a folder; `finish` waits for its end."""
 
-    def __init__(self, folder, *arguments, script=str(ROOT / 'main.py')):
+    def __init__(self, folder, *arguments, script=(str(ROOT / 'main.py'),)):
         environment = {key: value for key, value in os.environ.items()
                        if key not in ('TF_CPP_MIN_LOG_LEVEL', 'PYTHONWARNINGS', 'PYTHONPATH')}
         self.files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, *script.split('\0'), *map(str, arguments)], cwd=str(folder),
-            stdout=self.files[0], stderr=self.files[1], env=environment)
+            [sys.executable, *script, *map(str, arguments)], cwd=str(folder), env=environment,
+            stdout=self.files[0], stderr=self.files[1])
 
     def finish(self):
         self.code = self.process.wait(600)
@@ -72,21 +75,13 @@ class Run:
     def wait_for(self, condition):
         while not condition():
             assert self.process.poll() is None, self.finish().out + self.err
-            time.sleep(.005)
+            time.sleep(.01)
+        return self
 
-    def signal(self, signum):
-        self.process.send_signal(signum)
-
-    def handles_signals(self):
-        with open('/proc/%d/status' % self.process.pid) as file:
-            mask = int(re.search(r'SigCgt:\s*(\w+)', file.read()).group(1), 16)
-        return mask >> signal.SIGTERM - 1 & 1
-
-
-def parallel(function, *items):
-    """As `map`, two at a time."""
-    with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        return list(executor.map(function, *items))
+    def signal(self, *signals):
+        for signum in signals:
+            self.process.send_signal(signum)
+        return self.finish()
 
 
 def write_set(folder, seed, train=240, test=60):
@@ -111,7 +106,7 @@ def metrics(folder):
 
 
 def history(folder):
-    """The history without the seconds, which differ from run to run; empty before there is one."""
+    """The history without the seconds, which differ from run to run; empty if there is none."""
     if not (folder / 'metrics.json').exists():
         return []
     return [{k: v for k, v in entry.items() if k != 'seconds'}
@@ -120,32 +115,34 @@ def history(folder):
 
 def tensors(folder):
     """Everything in the checkpoint; raises if any of it is missing or damaged."""
+    assert tf.train.latest_checkpoint(str(folder)) == str(folder / 'new_model.ckpt')
     reader = tf.train.load_checkpoint(str(folder / 'new_model.ckpt'))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
-def same(some, others):
-    return some.keys() == others.keys() and all(np.array_equal(some[k], others[k]) for k in some)
+def step(folder):
+    return tensors(folder)['global_step']
+
+
+def results(folder):
+    """What two equal runs have in common, bit for bit."""
+    weights = {name: array.tobytes() for name, array in tensors(folder).items()}
+    pictures = [(folder / name).read_bytes() for name in PICTURES]
+    return weights, pictures, history(folder), metrics(folder)['test']
 
 
 def listing(folder):
-    """The content of each file that a run leaves, but for the logs, of which each has its own."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """The content of each file that a run leaves, but for the logs, of which each has its own, and
+    for what TensorFlow's savers leave when they fail or are killed."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.is_file() and '.tempstate' not in path.name}
 
 
-def assert_one_line(run, code, *parts):
-    """The run ended with this exit code and one line that contains these parts."""
-    assert run.code == code and len(run.err.strip().split('\n')) == 1, run.err
-    for part in parts:
-        assert part in run.err
+def logs(folder):
+    return set(folder.glob('logs/*/training/*'))
 
 
-def refusal(folder, *arguments):
-    """How the command refuses these arguments, found out in this process, which takes less time."""
-    with pytest.raises((main.RunError, data.DataError)) as error, \
-            contextlib.redirect_stdout(io.StringIO()), tf.Graph().as_default():
-        main.run(main.parse_arguments(['--output-dir', str(folder), *map(str, arguments)]))
-    return str(error.value)
+# ------------------------------------------------------------------------------------------- Runs
 
 
 @pytest.fixture(scope='module')
@@ -158,107 +155,126 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory, data_dir):
-    """Two finished runs with `FLAGS`. Each has the folder that it ran in as `folder`."""
-    flags = {'default': [], 'code 2': ['--code-size', 2]}
+def runs(data_dir, tmp_path_factory):
+    """Two finished runs, the default one and the worse one. Each has its folder as `folder`."""
+    runs = []
+    for name, flags in ('default', []), ('worse', WORSE):
+        folder = tmp_path_factory.mktemp(name)
+        runs.append(Run(folder, '--data-dir', data_dir, '--output-dir', 'out', *FLAGS, *flags))
+        runs[-1].folder = folder / 'out'
+    for run in runs:
+        assert run.finish().code == 0, run.out + run.err
+    return runs
 
-    def start(name):
-        folder = tmp_path_factory.mktemp(name.replace(' ', '_'))
-        run = Run(folder, '--data-dir', data_dir, *FLAGS, *flags[name]).finish()
-        assert run.code == 0, run.out + run.err
-        run.folder = folder
-        return run
-    return dict(zip(flags, parallel(start, flags)))
 
-
-@pytest.fixture(scope='module')
+@pytest.fixture
 def default(runs):
-    return runs['default']
+    return runs[0].folder
+
+
+@pytest.fixture
+def worse(runs):
+    return runs[1].folder
 
 
 @pytest.fixture
 def finished(default, tmp_path):
     """A copy of a finished run's folder."""
-    return pathlib.Path(shutil.copytree(str(default.folder), str(tmp_path / 'finished')))
+    return shutil.copytree(default, tmp_path / 'finished')
 
 
-@pytest.fixture(scope='module')
-def elsewhere(default, data_dir, tmp_path_factory):
-    """What becomes of the checkpoint in processes that know nothing of ours: those of `RESTORE` and
-    of the README's first block of Python code; its other blocks may import our code."""
-    blocks = re.findall('```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
-    path = 'import sys; sys.path.insert(0, %r)\n' % str(ROOT)
-
-    def start(script):
-        folder = tmp_path_factory.mktemp('elsewhere')
-        for file in [data_dir.parent / 'images.npy', *default.folder.glob('new_model.ckpt.*')]:
-            shutil.copy(str(file), str(folder))
-        run = Run(folder, script='-I\0-c\0' + script).finish()
-        run.folder = folder
-        return run
-    return parallel(start, [RESTORE, *blocks[:1], *(path + block for block in blocks[1:])])
+@pytest.fixture(scope='module', autouse=True)
+def background(request, runs, data_dir, tmp_path_factory):
+    """What takes several runs, two at a time while other tests go on: futures by function."""
+    folders = [run.folder for run in runs]
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        yield {function: executor.submit(function, data_dir, tmp_path_factory.mktemp('x'), *folders)
+               for function in IN_BACKGROUND
+               if any(function.__name__ in item.name for item in request.session.items)}
 
 
-@pytest.fixture(scope='module')
-def restored(elsewhere):
-    """The arrays that `RESTORE` gets out of the checkpoint."""
-    assert elsewhere[0].code == 0, elsewhere[0].err
-    with np.load(str(elsewhere[0].folder / 'result.npz')) as arrays:
-        return dict(arrays)
+@pytest.fixture
+def command(data_dir, monkeypatch, capfd):
+    """Runs the command in this process, which takes less time: `(exit code, stdout, stderr)`."""
+    def run(folder, *flags):
+        monkeypatch.setattr(sys, 'argv', list(map(str, [
+            'main.py', '--data-dir', data_dir, '--output-dir', folder, *FLAGS, *flags])))
+        with tf.Graph().as_default():
+            code = main.main()
+        return (code, *capfd.readouterr())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------- What it prints
+def assert_one_line(result, *parts):
+    """The run failed with one line that contains these parts."""
+    code, _, err = result
+    assert code == 1 and re.fullmatch('Error: .{,400}\n', err), err
+    for part in parts:
+        assert str(part) in err
 
 
-def test_prints_only_what_is_ours(runs):
-    epoch = (r'Epoch \d/3: -ELBO [\d.]+ training, [\d.]+ validation; '
-             r'divergence [\d.]+ nats; [\d.]+ s')
-    ours = [r'Data: IDX files in .*: 220 training, 20 validation and 60 test images\.',
-            r'Model: [\d,]+ parameters\.', r'Epoch \d/3', epoch, r'Test: -ELBO .*',
-            r'Wrote .*', r'Done in \d+ s\.']
-    for run in runs.values():
-        assert run.err == ''
-        lines = run.out.splitlines()
-        assert [line for line in lines if not any(re.fullmatch(o, line) for o in ours)] == []
-        assert sum(bool(re.fullmatch(epoch, line)) for line in lines) == EPOCHS
+# ----------------------------------------------------------------------- What it prints and writes
 
 
-def test_writes_what_it_says(default):
-    wrote = re.search('^Wrote (.*)$', default.out, re.M).group(1)
-    wrote = wrote.replace('{meta,index,data-*}', 'data-*').split(', ')
-    for path in map(str, default.folder.iterdir()):
-        assert '.unfinished' not in path and '.writable' not in path
-    assert all(glob.glob(str(default.folder / path)) for path in wrote)
-    assert {'new_model.ckpt.data-*', 'metrics.json', *PICTURES} <= {
-        os.path.basename(path) for path in wrote}
-
-
-def test_metrics_agree_with_what_is_printed(default):
-    content = metrics(default.folder)
-    assert set(content['settings']) == {
-        'data_dir', 'dataset', 'output_dir', 'epochs', 'batch_size', 'learning_rate',
-        'code_size', 'patience', 'seed'}
-    assert content['settings']['batch_size'] == 32 and content['versions']['tensorflow'] == '1.14.0'
-    assert 'IDX files' in content['dataset']
-    for number, entry in enumerate(content['history'], 1):
-        assert entry['epoch'] == number
-        assert ('Epoch %d/3: -ELBO %.2f training, %.2f validation; divergence %.2f nats; ' % (
-            number, entry['training_negative_elbo'], entry['validation_negative_elbo'],
-            entry['validation_divergence'])) in default.out
-    test = content['test']
-    assert ('Test: -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence' % (
-        test['negative_elbo'], test['reconstruction'], test['divergence'])) in default.out
-    first, *_, last = content['history']
+def test_prints_its_metrics_and_nothing_else(runs, data_dir):
+    for run in runs:
+        content = metrics(run.folder)
+        lines = ['Data: IDX files in %s: 220 training, 20 validation and 60 test images.'
+                 % data_dir]
+        for number, entry in enumerate(content['history'], 1):
+            assert entry['epoch'] == number
+            lines.append('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; '
+                         '%.1f s' % (number, content['settings']['epochs'],
+                                     entry['training_negative_elbo'],
+                                     entry['validation_negative_elbo'],
+                                     entry['validation_divergence'], entry['seconds']))
+        test = content['test']
+        lines.append('Test: -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence '
+                     '(epoch %d of %d)' % (test['negative_elbo'], test['reconstruction'],
+                                           test['divergence'], content['best_epoch'], number))
+        if 'negative_log_likelihood' in test:
+            lines.append('Test, binarised: -log p(x) %.2f nats per image (standard error %.2f) '
+                         'from 4 codes each; -ELBO %.2f' % (
+                             test['negative_log_likelihood'], test['standard_error'],
+                             test['binarised_negative_elbo']))
+        lines = list(map(re.escape, lines)) + ['Wrote .+', r'Done in \d+ s\.']
+        lines.insert(1, r'Model: \d,\d{3},\d{3} parameters\.')
+        assert re.fullmatch('\n'.join(lines) + '\n', run.out) and run.err == '', run.out
+        assert content['versions'] == {
+            'python': platform.python_version(), 'tensorflow': tf.VERSION,
+            'numpy': np.__version__, 'matplotlib': matplotlib.__version__}
+        assert 'IDX files' in content['dataset'] and content['settings']['batch_size'] == 32
+    assert 'negative_log_likelihood' in test  # Of the second run.
+    first, *_, last = metrics(runs[0].folder)['history']
     assert last['training_negative_elbo'] < first['training_negative_elbo'] - 5
 
 
+def test_writes_what_it_says(runs, default):
+    assert {path.name for path in default.iterdir()} == {
+        'checkpoint', 'new_model.ckpt.meta', 'training_state', 'metrics.json', 'logs', *PICTURES,
+        *('%s%s' % (prefix, end) for prefix in (
+            'new_model.ckpt', 'training_state-2', 'training_state-3') for end in ENDS)}
+    wrote = re.search('^Wrote (.*)$', runs[0].out, re.M).group(1).split(', ')
+    assert {re.sub('^out/', '', path) for path in wrote} == {
+        'metrics.json', *PICTURES, metrics(default)['log_dir'],
+        'new_model.ckpt.*', 'training_state*'}
+
+
+def test_stops_after_the_best_epoch_and_keeps_it(worse):
+    elbos = [entry['validation_negative_elbo'] for entry in history(worse)]
+    best = 1 + elbos.index(min(elbos))
+    assert metrics(worse)['best_epoch'] == best == len(elbos) - 2  # The patience is 2.
+    assert step(worse) == STEPS * best
+
+
 def test_tensorboard(default):
-    log_dir, = (default.folder / 'logs').iterdir()
-    assert str(log_dir).endswith(metrics(default.folder)['log_dir'])
     for kind in 'training', 'validation':
         values, pictures, graphs = {}, [], 0
-        path, = map(str, (log_dir / kind).iterdir())
-        for event in tf.train.summary_iterator(path):
+        path, = default.glob('logs/*/%s/*' % kind)
+        for event in tf.train.summary_iterator(str(path)):
             graphs += bool(event.graph_def)
             for value in event.summary.value:
                 if value.HasField('simple_value'):
@@ -266,51 +282,55 @@ def test_tensorboard(default):
                 else:
                     pictures.append(value.image.encoded_image_string)
         assert set(values) == {'negative_ELBO', 'reconstruction', 'divergence', 'learning_rate'}
-        np.testing.assert_allclose(
-            values['negative_ELBO'], np.add(values['reconstruction'], values['divergence'])
-            * [.5, 1], rtol=1e-5)
-        if kind == 'training':
-            assert graphs == 1
-        else:
-            np.testing.assert_allclose(
-                values['negative_ELBO'], [(STEPS * e['epoch'], e['validation_negative_elbo'])
-                                          for e in history(default.folder)], rtol=1e-6)
-            assert len(set(pictures)) == EPOCHS and pictures[0].startswith(b'\x89PNG')
+        elbos, *parts = (np.array(values[tag])[:, 1] for tag in (
+            'negative_ELBO', 'reconstruction', 'divergence'))
+        np.testing.assert_allclose(elbos, sum(parts), rtol=1e-5)
+        assert graphs == (kind == 'training')
+    np.testing.assert_allclose(values['negative_ELBO'], [
+        (STEPS * e['epoch'], e['validation_negative_elbo']) for e in history(default)], rtol=1e-6)
+    assert len(set(pictures)) == EPOCHS and pictures[0].startswith(b'\x89PNG')
 
 
-# ----------------------------------------------------------------------------------------- Pictures
+def test_flags(command, tmp_path, capfd):
+    def ends(*flags):
+        with pytest.raises(SystemExit) as error:
+            command(tmp_path, *flags)
+        return (error.value.code, *capfd.readouterr())
+    for flag, value in [('--epochs', -1), ('--batch-size', 0), ('--code-size', 'x'),
+                        ('--learning-rate', 'nan'), ('--nonsense', 1), ('--seed', .5)]:
+        code, out, err = ends(flag, value)
+        assert code == 2 and out == '' and re.fullmatch('.*error: .*%s.*\n' % flag, err)
+    code, out, err = ends('--help')
+    assert code == 0 and err == '' and not list(tmp_path.iterdir())
+    flags = re.findall(r'^  (--[a-z-]+)(.*?)(?=^  -|\Z)', out, re.M | re.S)
+    assert {flag for flag, _ in flags} == {'--resume', *(
+        '--' + name.replace('_', '-') for name in vars(main.parse_arguments([])))}
+    assert all('(default: ' in ' '.join(text.split()) for _, text in flags)
 
 
-def test_grid_shows_the_samples(default, restored):
-    image = matplotlib.image.imread(str(default.folder / 'new_images.png'))[..., :3].mean(-1)
-    cells = image
-    for axis in 0, 1:  # Leave out what is white across the whole picture.
-        gap = np.concatenate([[True], (image == 1).all(1 - axis), [True]])
-        edges = np.flatnonzero(gap[1:] != gap[:-1])
-        sizes = edges[1::2] - edges[::2]
-        assert len(sizes) == 10 and len(set(sizes)) == 1 and sizes[0] % 28 == 0
-        assert len(set(edges[2::2] - edges[1:-1:2])) == 1  # Gaps of one width.
-        cells = cells[~gap[1:-1]] if axis == 0 else cells[:, ~gap[1:-1]]
-    scale = sizes[0] // 28
-    cells = cells.reshape(10, 28, scale, 10, 28, scale).transpose(0, 3, 1, 4, 2, 5)
-    cells = cells.reshape(100, 28, 28, scale ** 2)
-    assert (cells == cells[..., :1]).all()  # Sharp pixels.
-    assert np.abs(cells[..., 0] - restored['samples']).max() < 2 / 255
+# ------------------------------------------------------------------------- Checkpoint and pictures
 
 
-@pytest.mark.parametrize('name', ['default', 'code 2'])
-def test_pictures(runs, name):
-    for picture in PICTURES:
-        path = runs[name].folder / picture
-        assert 5000 < path.stat().st_size < 500000, picture
-        assert matplotlib.image.imread(str(path))[..., :3].std() > .02, picture
-
-
-# --------------------------------------------------------------------------------------- Checkpoint
+@pytest.fixture(scope='module')
+def restored(runs, data_dir, tmp_path_factory):
+    """What becomes of the checkpoint in a process that knows nothing of ours: the arrays of
+    `RESTORE`. It runs the README's Python code, too, of which all but the first block may import
+    our code."""
+    folder = tmp_path_factory.mktemp('elsewhere')
+    first, *others = re.findall('```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    for file in [data_dir.parent / 'images.npy', runs[0].folder / 'checkpoint',
+                 *runs[0].folder.glob('new_model.ckpt.*')]:
+        shutil.copy(str(file), str(folder))
+    path = 'import sys; sys.path.insert(0, %r)' % str(ROOT)
+    script = '\ntf.reset_default_graph()\n'.join([first, RESTORE, path, *others])
+    run = Run(folder, script=['-I', '-c', script]).finish()
+    assert run.code == 0, run.err
+    with np.load(str(folder / 'result.npz')) as arrays:
+        return dict(arrays)
 
 
 def test_restores_with_nothing_of_ours(default, restored):
-    test = metrics(default.folder)['test']
+    test = metrics(default)['test']
     assert abs(-restored['elbo'] - test['negative_elbo']) < .1
     mu, sigma = restored['mu'], restored['sigma']
     np.testing.assert_allclose(
@@ -323,261 +343,252 @@ def test_restores_with_nothing_of_ours(default, restored):
 
 
 def test_checkpoint_is_as_small_as_its_weights(default):
-    content = tensors(default.folder)
-    assert not [name for name in content if 'Adam' in name or 'beta' in name]
-    assert content.pop('global_step') % STEPS == 0
+    content = tensors(default)
+    assert content.pop('global_step') == STEPS * metrics(default)['best_epoch']
     assert {name.split('/')[0] for name in content} == {'encoder', 'decoder'}
-    files = default.folder.glob('new_model.ckpt.data-*')
-    assert sum(path.stat().st_size for path in files) < 1.01 * sum(
-        array.nbytes for array in content.values())
+    size = (default / ('new_model.ckpt' + ENDS[1])).stat().st_size
+    assert size < 1.01 * sum(array.nbytes for array in content.values())
 
 
-def test_readme_restores_as_it_says(elsewhere):
-    assert len(elsewhere) > 1
-    for run in elsewhere[1:]:
-        assert run.code == 0, run.err
+def test_grid_shows_the_samples(default, restored):
+    expected = np.ones([10 * 116, 10 * 116])  # White; each pixel of a sample is 4 x 4 pixels.
+    for i, sample in enumerate(restored['samples']):
+        y, x = 116 * (i // 10), 116 * (i % 10)
+        expected[y:y + 112, x:x + 112] = np.kron(sample, np.ones([4, 4]))
+    image = matplotlib.image.imread(str(default / 'new_images.png'))[..., :3]
+    np.testing.assert_allclose(image, expected[:-4, :-4, None].repeat(3, 2), atol=2 / 255)
 
 
-def test_reader_never_fails_nor_sees_a_mixture(data_dir, tmp_path):
-    run = Run(tmp_path, '--data-dir', data_dir, '--epochs', 8, '--batch-size', 73)
-    prefix = str(tmp_path / 'new_model.ckpt')
-    run.wait_for((tmp_path / 'new_model.ckpt.index').exists)
-    images, seen, restores = np.load(str(data_dir.parent / 'images.npy')), {}, 0
+def test_pictures(default, worse):
+    for path in [folder / name for folder in (default, worse) for name in PICTURES]:
+        assert 5000 < path.stat().st_size < 500000, path
+        assert matplotlib.image.imread(str(path))[..., :3].std() > .02, path
+
+
+# ---------------------------------------------------------------------------------------- log p(x)
+
+
+@pytest.mark.parametrize('components', [1, 3])
+def test_log_likelihood_is_that_of_an_integral(components, data_dir):
+    """A prior or posterior left out, a mean of logarithms, a sum for a mean over the codes."""
+    images = np.uint8(255 * (np.load(str(data_dir.parent / 'images.npy')) > .4))  # Black and white.
     with tf.Graph().as_default(), tf.Session() as session:
-        saver = tf.train.import_meta_graph(prefix + '.meta')
-        while run.process.poll() is None:
-            saver.restore(session, prefix)
-            values = session.run([*tf.trainable_variables(), 'elbo:0'], {'images:0': images})
-            values = tuple(float(np.sum(value, dtype=np.float64)) for value in values)
-            assert seen.setdefault(session.run('global_step:0'), values) == values
-            restores += 1
-    assert run.finish().code == 0
-    assert restores > 20 and len(seen) > 3
-    # Versions that are no mixture share no variable.
-    assert all(len(set(column)) == len(seen) for column in zip(*seen.values()))
-    print(restores, 'restores of', len(seen), 'versions')
-
-
-# ------------------------------------------------------------------------------ Killed and resumed
-
-
-def test_killed_at_any_moment_and_resumed(default, data_dir, tmp_path):
-    epoch = .5 + 2 * min(entry['seconds'] for entry in metrics(default.folder)['history'])
-
-    def chain(number):
-        """Kills and resumes runs, until there were half of the kills and the last run ends."""
-        rng, kills, code, quota = random.Random(number), 0, 0, (KILLS + number) // 2
-        while kills < quota or code != 0:
-            if code == 0:  # At first, and after a run that ended before it could be killed.
-                folder, resume = pathlib.Path(tempfile.mkdtemp(dir=str(tmp_path))), []
-            events = len(list(folder.glob('logs/*/*/*')))
-            run = Run(folder, '--data-dir', data_dir, *FLAGS, *resume)
-            run.wait_for(lambda: len(list(folder.glob('logs/*/*/*'))) > events)
-            if kills < quota:
-                epochs = rng.randrange(EPOCHS)
-                run.wait_for(lambda: len(history(folder)) >= epochs)
-                time.sleep(rng.uniform(0, epoch))
-                kills += run.process.poll() is None
-                run.signal(signal.SIGKILL)
-            code = run.finish().code
-            assert run.err == ''
-            if (folder / 'new_model.ckpt.index').exists():
-                tensors(folder)
-            resume = ['--resume'] if (folder / 'training_state.npz').exists() else []
-            if code == 0:
-                assert history(folder) == history(default.folder)
-                assert same(tensors(folder), tensors(default.folder))
-                # The names of data files tell how many were there before.
-                assert {name for name in listing(folder) if '.data-' not in name} == \
-                    {name for name in listing(default.folder) if '.data-' not in name}
-        return kills
-    print(sum(parallel(chain, range(2))), 'kills')
-
-
-def test_stray_data_file_never_replaces_or_removes_a_live_one(tmp_path):
-    """A version that takes the number of shards of a killed run's leftovers, removed with them."""
-    with tf.Graph().as_default():
-        values = {'w%d' % i: np.float32(i) for i in range(6)}
-        for name in values:
-            tf.get_variable(name, [])
-        tf.train.get_or_create_global_step()
-        prefix = str(tmp_path / 'new_model.ckpt')
-        main.Checkpoint(prefix).save(values)
-        (tmp_path / 'new_model.ckpt.data-00001-of-00002').write_bytes(b'stray')
-        checkpoint = main.Checkpoint(prefix)
-        for _ in range(3):
-            checkpoint.save(values)
-            checkpoint.tidy()
-            assert same(tensors(tmp_path), values)
-
-
-def test_resume_after_the_end(default, finished, data_dir, tmp_path):
-    longer = pathlib.Path(shutil.copytree(str(finished), str(tmp_path / 'longer')))
-    runs = parallel(lambda case: Run(case[0], '--data-dir', data_dir, *FLAGS, *case[1],
-                                     '--resume').finish(),
-                    [(finished, []), (longer, ['--epochs', EPOCHS + 1])])
-    for run in runs:
-        assert run.code == 0 and run.err == ''
-    line, = re.findall('^Test: .*$', default.out, re.M)
-    assert line in runs[0].out and 'Epoch' not in runs[0].out
-    for picture in PICTURES:
-        assert (finished / picture).read_bytes() == (default.folder / picture).read_bytes()
-    assert same(tensors(finished), tensors(default.folder))
-    assert history(longer)[:EPOCHS] == history(default.folder)
-    assert len(history(longer)) == EPOCHS + 1 and len(list((longer / 'logs').iterdir())) == 1
-
-
-def test_refuses_to_resume_what_does_not_fit(finished, data_dir, tmp_path):
-    shutil.copytree(str(finished), str(tmp_path / 'another'))
-    with np.load(str(finished / 'training_state.npz')) as arrays:
-        arrays = dict(arrays)
-    arrays['variables/decoder/dense_1/kernel'] = np.zeros([3, 3])
-    np.savez(str(tmp_path / 'another' / 'training_state.npz'), **arrays)
-    before = listing(finished)
-    (tmp_path / 'empty').mkdir()
-    flags = ['--data-dir', data_dir, *FLAGS, '--resume']
-    assert refusal(tmp_path / 'empty', *flags).startswith('--resume')
-    assert 'another network' in refusal(tmp_path / 'another', *flags)
-    for flag, value in [('--code-size', 2), ('--batch-size', 10), ('--seed', 1), ('--epochs', 2),
-                        ('--data-dir', data_dir.parent / 'others')]:
-        line = refusal(finished, *flags, flag, value)
-        assert line.startswith(flag) and '\n' not in line
-    assert listing(finished) == before and not list((tmp_path / 'empty').iterdir())
-
-
-def test_new_run_replaces_nothing_before_its_first_epoch_ends(finished, data_dir, tmp_path):
-    """Neither one that is killed, nor one that diverges, nor one without data. Then its folder
-    disappears."""
-    before, logs = listing(finished), len(list(finished.glob('logs/*')))
-
-    def killed(folder):
-        run = Run(folder, '--data-dir', data_dir, *FLAGS, '--seed', 1)
-        run.wait_for(lambda: len(list(folder.glob('logs/*'))) > logs)
-        run.signal(signal.SIGKILL)
-        run.finish()
-        assert 'metrics.json' in refusal(folder, '--data-dir', folder / 'metrics.json')
-        assert listing(folder) == before
-
-    def diverged(folder):
-        run = Run(folder, '--data-dir', data_dir, *FLAGS, '--learning-rate', 1e6).finish()
-        assert_one_line(run, 1, 'diverged', 'epoch 1', 'step', 'lower', '--learning-rate')
-        assert listing(folder) == before
-
-    def disappears(folder):
-        run = Run(tmp_path, '--data-dir', data_dir, *FLAGS, '--output-dir', folder)
-        run.wait_for(lambda: metrics(folder)['history'] != metrics(finished)['history'])
-        folder.rename(tmp_path / 'moved')
-        assert_one_line(run.finish(), 1, 'cannot be written')
-        assert not same(tensors(tmp_path / 'moved'), tensors(finished))
-
-    copies = [pathlib.Path(shutil.copytree(str(finished), str(tmp_path / name))) for name in 'abc']
-    parallel(lambda function, folder: function(folder), [disappears, diverged, killed], copies)
-
-
-# ------------------------------------------------------------------------------------- Interrupted
-
-
-def test_interrupted(default, finished, data_dir, tmp_path):
-    """After an epoch, and then resumed; while it starts; and twice while it draws in the end."""
-    def interrupted(run, signum, again=False):
-        run.signal(signum)
-        while again and run.process.poll() is None:
-            time.sleep(.02)
-            run.signal(signum)
-        start = time.time()
-        run.finish()
-        assert run.code == 128 + signum and run.err == ''
-        assert time.time() - start < 10  # Much less on an idle machine.
-        return run.out
-
-    def after_an_epoch(seed, signum):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        run = Run(folder, '--data-dir', data_dir, *FLAGS, '--seed', seed)
-        run.wait_for((folder / 'metrics.json').exists)
-        last = interrupted(run, signum).splitlines()[-1]
-        assert tensors(folder) and (folder / 'new_images.png').exists()
-        assert history(folder)[0].keys() == history(default.folder)[0].keys()
-        assert (history(folder)[0] == history(default.folder)[0]) == (seed == 0)
-        return folder, shlex.split(last[last.index('main.py') + len('main.py'):])
-
-    def resumed():
-        folder, arguments = after_an_epoch(0, signal.SIGINT)
-        assert Run(folder, *arguments).finish().code == 0
-        assert same(tensors(folder), tensors(default.folder))
-
-    def start_up():
-        run = Run(finished, '--data-dir', data_dir)
-        run.wait_for(run.handles_signals)
-        time.sleep(.5)
-        interrupted(run, signal.SIGINT)
-
-    def figures():
-        before = (finished / 'metrics.json').stat().st_mtime_ns
-        run = Run(finished, '--data-dir', data_dir, *FLAGS, '--resume')
-        run.wait_for(lambda: (finished / 'metrics.json').stat().st_mtime_ns != before)
-        assert 'Go on with' not in interrupted(run, signal.SIGINT, again=True)
-
-    parallel(lambda moment: moment(), [
-        resumed, lambda: after_an_epoch(1, signal.SIGTERM), figures, start_up])
-    assert same(tensors(finished), tensors(default.folder))
+        args = main.parse_arguments(['--code-size', '1', '--mixture-components', str(components)])
+        dataset = argparse.Namespace(name='', train_images=images)
+        network, model = main.build(args, dataset)
+        code = np.linspace(-8, 8, 1601)[:, None]
+        decoded = network.decoder(tf.constant(code, tf.float32)).logits
+        session.run(tf.global_variables_initializer())
+        for _ in range(30):
+            session.run(model.optimize, {'images:0': images / 255, 'learning_rate:0': .002})
+        logits, log_prior = session.run([decoded, 'log_prior:0'], {'code:0': code})
+        logits, pixels = logits.reshape(-1, 784).astype(float), images.reshape(-1, 784) / 255
+        log_joint = logits @ pixels.T + (log_prior - np.logaddexp(0, logits).sum(1))[:, None]
+        exact = -(np.logaddexp.reduce(log_joint, 0) + np.log(code[1] - code[0])).mean()
+        estimates, _, negative_elbos = zip(*(
+            main.log_likelihood(session, images, count) for count in (1, 10, 200)))
+    assert estimates[0] > estimates[1] > estimates[2] > exact - .05
+    assert abs(estimates[2] - exact) < .2 < negative_elbos[2] - exact
+    assert estimates[0] == pytest.approx(negative_elbos[0])
 
 
 # ---------------------------------------------------------------------------------------- Failures
 
 
-@pytest.fixture
-def disks(tmp_path):
-    """Makes a small disk of so many kB."""
-    made = []
+def test_refuses_to_resume_another_run(command, finished, data_dir, tmp_path):
+    before = listing(finished)
+    for flag, value in [('--code-size', 2), ('--batch-size', 10), ('--learning-rate', .1),
+                        ('--seed', 1), ('--mixture-components', 2), ('--epochs', 2),
+                        ('--data-dir', data_dir.parent / 'others')]:
+        assert_one_line(command(finished, '--resume', flag, value), 'Error: %s: ' % flag)
+    assert listing(finished) == before
+    (tmp_path / 'empty').mkdir()
+    assert_one_line(command(tmp_path / 'empty', '--resume'), '--resume: ', 'empty/metrics.json')
+    assert not list((tmp_path / 'empty').iterdir())
 
-    def make(size):
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=%dk' % size, 'none', str(folder)],
-                           stderr=subprocess.DEVNULL):
+
+def test_refuses_to_resume_what_is_damaged(command, finished):
+    def refused(path, content, *parts):
+        """With this content of the file, or without the file."""
+        original = path.read_bytes()
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        before = listing(finished)
+        assert_one_line(command(finished, '--resume'), 'leave --resume out', *parts)
+        assert listing(finished) == before
+        path.write_bytes(original)
+
+    path, content = finished / 'metrics.json', metrics(finished)
+    first, *others = content['history']
+    histories = [[], {}, [first] * 3, others, [1], [{'epoch': 1}],
+                 [dict(first, training_divergence=None)]]
+    wrong = [('settings', {}), ('fingerprint', 1), ('log_dir', None),
+             *(('history', value) for value in histories)]
+    for damaged in [None, b'', path.read_bytes()[:-50], os.urandom(1000), b'[]', b'{}', *(
+            json.dumps(dict(content, **{key: value})).encode() for key, value in wrong)]:
+        refused(path, damaged, path)
+    index, values = (finished / ('training_state-%d%s' % (EPOCHS, end)) for end in ENDS)
+    refused(index, None, index.with_suffix(''), 'not a valid checkpoint')
+    refused(index, os.urandom(2000), index.with_suffix(''), 'sstable')
+    refused(values, values.read_bytes()[:10 ** 7], index.with_suffix(''), 'bytes')
+
+
+def test_new_run_that_fails_in_its_first_epoch_replaces_nothing(command, finished):
+    (finished / 'training_state').write_bytes(os.urandom(100))  # Damaged, and not needed.
+    before = listing(finished)
+    assert_one_line(command(finished, '--learning-rate', 1e6), 'Error: --learning-rate: ',
+                    'diverged', 'epoch 1', 'lower')
+    assert_one_line(command(finished, '--data-dir', finished / 'metrics.json'), '--data-dir')
+    assert listing(finished) == before
+    assert_one_line(command(finished / 'metrics.json' / 'x'), '--output-dir: ', 'metrics.json/x')
+
+
+def test_folder_that_is_lost_in_the_run(command, tmp_path, monkeypatch):
+    """A file takes its place. And on a terminal an epoch has a bar."""
+    folder, moved = tmp_path / 'folder', tmp_path / 'moved'
+
+    def lose(*_):
+        folder.rename(moved)
+        folder.write_text('in its place')
+    monkeypatch.setattr(main, 'draw_training_curves', lose)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    _, out, _ = result = command(folder)
+    assert_one_line(result, folder, 'cannot be written')
+    assert folder.read_text() == 'in its place' and len(history(moved)) == 1
+    assert step(moved) == STEPS
+    assert re.search('\nEpoch 1/3\n.*7/7.*\nEpoch 1/3: -ELBO .*\nEpoch 2/3\n', out, re.S), out
+
+
+def test_full_disk(command, finished, data_dir, tmp_path):
+    """With room for the first training state alone, and then for more; and, beside what an earlier
+    run wrote, for not even that."""
+    small, large, mb = tmp_path / 'small', tmp_path / 'large', 2 ** 20
+    before = listing(finished)
+
+    def mount(folder, size, *options):
+        folder.mkdir(exist_ok=True)
+        if subprocess.call(['mount', '-t', 'tmpfs', '-o', ','.join(['size=%d' % size, *options]),
+                            'none', str(folder)], stderr=subprocess.DEVNULL):
             pytest.skip('may not mount a disk')
-        made.append(folder)
-        return folder
-    yield make
-    for folder in made:
-        subprocess.call(['umount', str(folder)])
+    try:
+        mount(large, sum(map(len, before.values())) + 6 * mb)
+        for name in before:
+            shutil.copy(str(finished / name), str(large))
+        run = Run(tmp_path, '--data-dir', data_dir, *FLAGS, '--output-dir', large)
+        mount(small, 17 * mb)
+        assert_one_line(command(small, '--epochs', 1), small, 'No space left')
+        assert len(history(small)) == 1 and (small / 'training_state-1.index').exists()
+        assert not (small / 'new_model.ckpt.index').exists()
+        mount(small, 40 * mb, 'remount')
+        assert command(small, '--epochs', 1, '--resume')[::2] == (0, '')
+        assert step(small) == STEPS
+        assert_one_line((run.finish().code, run.out, run.err), large, 'No space left')
+        assert listing(large) == before
+    finally:
+        for folder in small, large:
+            subprocess.call(['umount', str(folder)], stderr=subprocess.DEVNULL)
 
 
-def test_full_disk(finished, data_dir, disks):
-    """With room for the state alone; and, beside what an earlier run wrote, for not even that."""
-    used = sum(path.stat().st_size for path in finished.rglob('*')) // 1024
-    small, large = disks(22000), disks(used + 6000)
-    for path in finished.iterdir():
-        if path.is_file():
-            shutil.copy(str(path), str(large))
-    before = listing(large)
-    for run in parallel(lambda folder: Run(folder, '--data-dir', data_dir, *FLAGS).finish(),
-                        [small, large]):
-        assert_one_line(run, 1, 'No space left')
-    assert (small / 'training_state.npz').exists()
-    assert not list(small.glob('new_model.ckpt*'))
-    assert listing(large) == before
+# -------------------------------------------------------------------------- Killed and interrupted
 
 
-def test_folder_that_cannot_be_written(finished, data_dir):
-    line = refusal(finished / 'metrics.json' / 'x', '--data-dir', data_dir)
-    assert line.startswith('--output-dir') and 'metrics.json/x' in line
+def killed(data_dir, folder, default, worse):
+    """Kills and resumes runs at random moments, in a folder with what an earlier run wrote."""
+    folder = shutil.copytree(worse, folder / 'copy')
+    before, kills, code, epochs = listing(folder), 0, None, 0
+    needed = [name for name in before if not name.startswith('training_state')
+              or name.startswith('training_state-%d.' % len(history(worse)))]
+
+    def ours():
+        return history(folder) if metrics(folder)['settings']['code_size'] == 14 else []
+    while kills < KILLS or code != 0:
+        others = logs(folder)
+        run = Run(folder, '--data-dir', data_dir, *FLAGS, *['--resume'] * bool(ours()))
+        if kills < KILLS:
+            epochs = random.randrange(EPOCHS)
+            run.wait_for(lambda: logs(folder) - others and len(ours()) >= epochs)  # noqa: B023
+            time.sleep(random.uniform(0, random.choice([.1, .5, 2])))
+            kills += run.process.poll() is None
+            run.signal(signal.SIGKILL)
+        code = run.finish().code
+        assert run.err == '' and code in (0, -signal.SIGKILL)
+        after = listing(folder)
+        assert ours() or all(after[name] == before[name] for name in needed)
+    assert results(folder) == results(default)
+    # Of a state that it was about to remove when it was killed, something may be left.
+    assert set(listing(default)) <= set(after)
+    assert not [name for name in set(after) - set(listing(default)) if 'training_state' not in name]
 
 
-def test_flags(tmp_path, capsys):
-    for flag, value in [('--epochs', '-1'), ('--batch-size', '0'), ('--code-size', 'x'),
-                        ('--learning-rate', 'nan')]:
-        with pytest.raises(SystemExit) as error:
-            main.parse_arguments([flag, value])
-        line, = capsys.readouterr().err.splitlines()
-        assert error.value.code == 2 and flag in line
-    bad, good = parallel(lambda flag: Run(tmp_path, flag).finish(), ['--nonsense', '--help'])
-    assert_one_line(bad, 2, '--nonsense')
-    assert good.code == 0 and good.err == ''
-    flags = re.findall(r'^  (--[a-z-]+)(.*?)(?=^  -|\Z)', good.out, re.M | re.S)
-    assert {flag for flag, _ in flags} == {
-        '--data-dir', '--dataset', '--output-dir', '--epochs', '--batch-size', '--learning-rate',
-        '--code-size', '--patience', '--seed', '--resume'}
-    assert all('(default: ' in ' '.join(text.split()) for _, text in flags)
-    assert not list(tmp_path.iterdir())
+def interrupted(data_dir, folder, default, worse):
+    """Before the first epoch's end, beside what an earlier run wrote; then by each signal after an
+    epoch, and resumed as it says."""
+    earlier, out = shutil.copytree(worse, folder / 'earlier'), folder / 'a name'
+    run = Run(earlier, '--data-dir', data_dir, *FLAGS)
+    run.wait_for(lambda: len(logs(earlier)) > 1).signal(signal.SIGTERM)
+    assert run.code == 128 + signal.SIGTERM and run.err == '' and listing(earlier) == listing(worse)
+    assert run.out.endswith('\nInterrupted before the end of the first epoch: nothing is saved.\n')
+
+    arguments = ['--data-dir', data_dir, *FLAGS, '--output-dir', out.name]
+    for epochs, signum in (1, signal.SIGINT), (2, signal.SIGTERM):
+        run = Run(folder, *arguments).wait_for(lambda: len(history(out)) >= epochs)  # noqa: B023
+        assert run.signal(signum).code == 128 + signum and run.err == ''
+        *_, saved, go_on = run.out.splitlines()
+        assert saved.startswith('Interrupted. The best model so far is in a name/new_model.ckpt')
+        assert step(out) == STEPS * metrics(out)['best_epoch']
+        assert (out / 'new_images.png').exists() and len(history(out)) >= epochs
+        arguments = shlex.split(re.fullmatch('Go on with: python main.py (.*)', go_on).group(1))
+        assert arguments.count('--resume') == 1
+    run = Run(folder, *arguments).finish()
+    assert run.code == 0 and run.err == '' and results(out) == results(default)
+
+
+def interrupted_twice(data_dir, folder, default, worse):
+    """In the last drawing of a run that goes on to one epoch more; and one that starts up, once."""
+    run = Run(folder, '--data-dir', data_dir)
+    maps = pathlib.Path('/proc/%d/maps' % run.process.pid)
+    run.wait_for(lambda: 'tensorflow' in maps.read_text()).signal(signal.SIGINT)
+    assert run.code == -signal.SIGINT and run.out + run.err == ''
+
+    folder = shutil.copytree(default, folder / 'copy')
+    run = Run(folder, '--data-dir', data_dir, *FLAGS, '--resume', '--epochs', EPOCHS + 1)
+    run.wait_for(lambda: len(history(folder)) > EPOCHS and 'test' in metrics(folder))
+    run.signal(signal.SIGINT, signal.SIGTERM)
+    assert run.code in (-signal.SIGINT, -signal.SIGTERM) and run.err == ''
+    assert '\nEpoch 4/4: ' in run.out and '\nTest: ' in run.out and len(logs(folder)) == 2
+    assert history(folder)[:-1] == history(default) and len({p.parent for p in logs(folder)}) == 1
+    assert tensors(folder) and (folder / 'training_state-4.index').exists()
+
+
+def resumed_after_the_end(data_dir, folder, default, worse):
+    folder = shutil.copytree(worse, folder / 'copy')
+    run = Run(folder, '--data-dir', data_dir, *FLAGS, *WORSE, '--resume').finish()
+    assert run.code == 0 and run.err == '' and 'Epoch' not in run.out
+    assert 'Test: -ELBO %.2f nats' % metrics(worse)['test']['negative_elbo'] in run.out
+    assert results(folder) == results(worse) and set(listing(folder)) == set(listing(worse))
+
+
+IN_BACKGROUND = [interrupted, killed, interrupted_twice, resumed_after_the_end]
+
+
+@pytest.mark.parametrize('function', IN_BACKGROUND, ids=lambda function: function.__name__)
+def test_in_background(background, function):
+    background[function].result()
+
+
+def test_interrupted_when_the_best_epoch_is_not_the_last(command, worse, tmp_path, monkeypatch):
+    folder = shutil.copytree(worse, tmp_path / 'copy')
+    (folder / 'new_images.png').unlink()
+
+    def batches(images, *_):
+        yield images[:32]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield images[:32]
+    monkeypatch.setattr(data, 'batches', batches)
+    code, out, err = command(folder, *WORSE, '--patience', 9, '--resume')
+    assert code == 128 + signal.SIGINT and err == '' and '\nGo on with: ' in out
+    assert history(folder) == history(worse)
+    np.testing.assert_equal(tensors(folder), tensors(worse))
+    pictures = [matplotlib.image.imread(str(path / 'new_images.png')) for path in (folder, worse)]
+    np.testing.assert_allclose(*pictures, atol=1.01 / 255)

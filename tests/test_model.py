@@ -1,6 +1,7 @@
 """Tests of model.py, through its contract: sizes, public names, variables found by their names."""
 
 import collections
+import contextlib
 import sys
 
 import numpy as np
@@ -27,20 +28,34 @@ def build(learning_rate=None, **arguments):
         return Small(network, result, session)
 
 
-@pytest.fixture(scope='module')
-def built():
-    return build(**SIZES)
-
-
-@pytest.fixture
-def small(built):
-    """The small network at step 0 of a fresh start, with weights and biases far from zero."""
+@contextlib.contextmanager
+def restarted(built):
+    """A network at step 0 of a fresh start, with weights and biases far from zero."""
     with built.session.graph.as_default():
         built.session.run(tf.global_variables_initializer())
         rng = np.random.RandomState(1)
         assign(built.session, {variable: .3 * rng.randn(*variable.shape.as_list())
                                for variable in tf.trainable_variables()})
         yield built
+
+
+@pytest.fixture(scope='module')
+def networks():
+    return {1: build(**SIZES), 3: build(mixture_components=3, **SIZES)}
+
+
+@pytest.fixture
+def small(networks):
+    """The small network with the standard normal prior."""
+    with restarted(networks[1]) as network:
+        yield network
+
+
+@pytest.fixture(params=[1, 3])
+def either(networks, request):
+    """The small network with the standard normal prior, and with a mixture."""
+    with restarted(networks[request.param]) as network:
+        yield network
 
 
 def trainable(session):
@@ -81,16 +96,18 @@ def log_bernoulli(images, probabilities):
     return np.sum(images * np.log(p) + (1 - images) * np.log1p(-p), (1, 2))
 
 
-def test_result_and_public_names(small):
-    assert small.result._fields == ('optimize', 'samples', 'elbo', 'reg', 'code')
-    names = [tensor.name for tensor in small.result[1:]]
+def test_result_and_public_names(either):
+    assert either.result._fields == ('optimize', 'samples', 'elbo', 'reg', 'code')
+    names = [tensor.name for tensor in either.result[1:]]
     assert names == ['samples:0', 'elbo:0', 'divergence:0', 'code:0']
     mu, sigma, code, reconstruction, elbo, divergence = fetch(
-        small, 'mu sigma code reconstruction elbo divergence', pictures(3))
+        either, 'mu sigma code reconstruction elbo divergence', pictures(3))
     assert mu.shape == sigma.shape == code.shape == (3, 7)
     assert reconstruction.shape == (3, 28, 28)
     assert elbo.shape == () and divergence.shape == (3,)
-    assert np.all(sigma > 0) and fetch(small, 'num_samples') == 100
+    assert np.all(sigma > 0) and fetch(either, 'num_samples') == 100
+    samples = fetch(either, 'samples', num_samples=5)
+    np.testing.assert_array_equal(samples, fetch(either, 'samples')[:5])
 
 
 def test_every_size_is_an_argument(small):
@@ -148,7 +165,7 @@ def test_lstm():
     for image, actual in zip(images, outputs):
         output = cell = np.zeros(units)
         for step, row in enumerate(image):
-            gates = row @ named['input/kernel'] + named['input/bias']
+            gates = named['input/kernel'] @ row + named['input/bias']
             gates += output @ named['recurrent_kernel']
             i, f, o, candidate = gates.reshape(4, units)
             cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(candidate)
@@ -158,7 +175,9 @@ def test_lstm():
 
 def test_decoder():
     """Pixels in a wrong order, kernels turned or shifted, activations left out."""
-    leaky = lambda x: np.where(x > 0, x, .1 * x)
+    def leaky(x):
+        return np.where(x > 0, x, .1 * x)
+
     codes = np.random.RandomState(1).randn(3, SIZES['code_size'])
     with tf.Graph().as_default(), tf.Session() as session:
         probabilities = model.Network(**SIZES).decoder(tf.constant(codes, tf.float32)).mean()
@@ -178,8 +197,8 @@ def test_decoder():
         return large[margin:margin + 2 * height, :width] + bias
 
     for code, image in zip(codes, actual):
-        hidden = leaky(code @ named['dense_1/kernel'] + named['dense_1/bias'])
-        hidden = leaky(hidden @ named['dense_2/kernel'] + named['dense_2/bias'])
+        hidden = leaky(named['dense_1/kernel'] @ code + named['dense_1/bias'])
+        hidden = leaky(named['dense_2/kernel'] @ hidden + named['dense_2/bias'])
         maps = leaky(conv_transpose(hidden.reshape(7, 7, -1), named['conv_transpose_1/kernel'],
                                     named['conv_transpose_1/bias'], 0))
         logits = conv_transpose(maps, named['conv_transpose_2/kernel'],
@@ -219,26 +238,26 @@ def test_extreme_logits(small, logit):
     assert all(np.isfinite(value).all() for value in small.session.run(tf.global_variables()))
 
 
-def test_elbo_is_the_mean_of_its_parts(small):
+def test_elbo_is_the_mean_of_its_parts(either):
     """A sum for a mean or the reverse, a sign, a weight on the divergence."""
     for count in 1, 2, 5:
         images = pictures(count)
-        elbo, reconstruction, divergence = fetch(small, 'elbo reconstruction divergence', images)
+        elbo, reconstruction, divergence = fetch(either, 'elbo reconstruction divergence', images)
         parts = log_bernoulli(images, reconstruction) - divergence
         np.testing.assert_allclose(elbo, parts.mean(), rtol=1e-5)
 
 
-def test_images_do_not_see_each_other(small):
+def test_images_do_not_see_each_other(either):
     """A reshape or a split of the batch that mixes its images."""
     images = pictures(5)
-    names = 'mu sigma divergence'
-    batch = fetch(small, names, images)
+    names = 'mu sigma'
+    batch = fetch(either, names, images)
     code = 2 * np.random.RandomState(0).randn(5, 7)
-    reconstruction = fetch(small, 'reconstruction', code=code)
+    reconstruction = fetch(either, 'reconstruction', code=code)
     for n in range(5):
-        for actual, alone in zip(batch, fetch(small, names, images[n:n + 1])):
+        for actual, alone in zip(batch, fetch(either, names, images[n:n + 1])):
             np.testing.assert_allclose(actual[n], alone[0], rtol=1e-4, atol=1e-5)
-        alone = fetch(small, 'reconstruction', code=code[n:n + 1])[0]
+        alone = fetch(either, 'reconstruction', code=code[n:n + 1])[0]
         np.testing.assert_allclose(reconstruction[n], alone, rtol=1e-4, atol=1e-6)
 
 
@@ -252,18 +271,18 @@ def test_noise_is_standard_normal(small):
     np.testing.assert_allclose(np.corrcoef(columns.T), np.eye(14), atol=.1)
 
 
-def test_noise_depends_on_step_and_batch_only(small):
+def test_noise_depends_on_step_and_batch_only(either):
     """Noise from a stateful operation, or the same noise at each step or for each batch."""
     images = pictures(6)
-    code = fetch(small, 'code', images)
-    np.testing.assert_array_equal(code, fetch(small, 'code', images))
-    first = noise(small, images)
-    assert np.all(abs(first - noise(small, pictures(6, seed=1))).max(1) > .1)
-    small.session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
-    assert small.session.run(tf.train.get_global_step()) == 1
-    assert np.all(abs(first - noise(small, images)).max(1) > .1)
-    assign(small.session, {tf.train.get_global_step(): 0})
-    np.testing.assert_array_equal(code, fetch(small, 'code', images))
+    code = fetch(either, 'code', images)
+    np.testing.assert_array_equal(code, fetch(either, 'code', images))
+    first = noise(either, images)
+    assert np.all(abs(first - noise(either, pictures(6, seed=1))).max(1) > .1)
+    either.session.run(either.result.optimize, {'images:0': images, 'rate:0': 0.})
+    assert either.session.run(tf.train.get_global_step()) == 1
+    assert np.all(abs(first - noise(either, images)).max(1) > .1)
+    assign(either.session, {tf.train.get_global_step(): 0})
+    np.testing.assert_array_equal(code, fetch(either, 'code', images))
 
 
 def test_encoder_and_decoder_return_distributions_and_share_variables(small):
@@ -286,6 +305,75 @@ def test_encoder_and_decoder_return_distributions_and_share_variables(small):
     np.testing.assert_allclose(log_p.sum((1, 2)), log_bernoulli(images, expected), rtol=1e-5)
 
 
+def log_mixture(codes, logits, mean, scale):
+    """Of each code, the log density of a mixture of Gaussians."""
+    squares = (((codes[:, None] - mean) / scale) ** 2).sum(2)
+    parts = logits - squares / 2 - np.log(scale * np.sqrt(2 * np.pi)).sum(1)
+    return np.logaddexp.reduce(parts, 1) - np.logaddexp.reduce(logits)
+
+
+def prior(network):
+    """The parameters of the prior, found by its variables' names, or those of the standard normal.
+    """
+    named = {v.op.name: value for v, value in zip(*trainable(network.session))}
+    if 'prior/mean' not in named:
+        return np.zeros(1), np.zeros([1, 7]), np.ones([1, 7])
+    return named['prior/logits'], 10 * named['prior/mean'], np.logaddexp(0, named['prior/scale'])
+
+
+def test_log_prior_and_log_weight(either):
+    """A normalising constant, a weight or a square left out; codes or components mixed up."""
+    images, code = pictures(5), 2 * np.random.RandomState(0).randn(5, 7)
+    mu, sigma = fetch(either, 'mu sigma', images)
+    log_prior, log_weight, divergence, reconstruction = fetch(
+        either, 'log_prior log_weight divergence reconstruction', images, code=code)
+    expected = log_mixture(code, *prior(either))
+    np.testing.assert_allclose(log_prior, expected, rtol=1e-5)
+    log_q = np.concatenate([log_mixture(z, np.zeros(1), m, s) for z, m, s in zip(
+        code[:, None], mu[:, None], sigma[:, None])])
+    np.testing.assert_allclose(
+        log_weight, log_bernoulli(images, reconstruction) + expected - log_q, rtol=1e-4)
+    if either.network.mixture_components > 1:
+        np.testing.assert_allclose(divergence, log_q - expected, rtol=1e-4)
+
+
+def test_mean_divergence_from_a_mixture_is_its_integral():
+    """A divergence with its sides exchanged, or from one component only."""
+    network = build(mixture_components=3, code_size=1)
+    with network.session.graph.as_default():
+        mean, logits, scale = tf.trainable_variables('prior')
+        assign(network.session, {logits: [0., 1., -1.], mean: [[-.2], [.05], [.3]],
+                                 scale: [[-1.], [1.], [0.]]})
+    mu, sigma, parameters = .7, .6, prior(network)
+    z = np.linspace(-6, 8, 20001)[:, None]
+    log_q = log_mixture(z, np.zeros(1), np.full([1, 1], mu), np.full([1, 1], sigma))
+    integral = np.sum(np.exp(log_q) * (log_q - log_mixture(z, *parameters))) * (z[1] - z[0])
+    code = mu + sigma * np.random.RandomState(0).randn(20000, 1)
+    values = fetch(network, 'divergence', np.zeros([20000, 28, 28]), code=code,
+                   mu=np.full_like(code, mu), sigma=np.full_like(code, sigma))
+    assert abs(values.mean() - integral) < 5 * values.std() / np.sqrt(20000)
+
+
+def test_samples_of_a_mixture():
+    """Components drawn with wrong weights or with the noise's own numbers, one left out."""
+    logits, mean = np.array([0., 1., -2.]), np.array([[-2., 0.], [1., 1.], [4., -3.]])
+    scale, weights = np.array([[.5, 1.], [1., .2], [.3, .3]]), np.exp(logits) / np.exp(logits).sum()
+    with tf.Graph().as_default(), tf.Session() as session:
+        mixture = model.Mixture(*map(tf.constant, map(np.float32, [logits, mean, scale])))
+        first, second, other = session.run([mixture.sample(100000, seed) for seed in (0, 0, 1)])
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).mean() > .99
+    centre = weights @ mean
+    spread = (mean - centre).T * weights @ (mean - centre) + np.diag(weights @ scale ** 2)
+    np.testing.assert_allclose(first.mean(0), centre, atol=.02)
+    np.testing.assert_allclose(np.cov(first.T), spread, atol=.04)
+
+
+def test_standard_normal_prior_is_not_learned(networks):
+    assert not networks[1].session.graph.get_collection('trainable_variables', 'prior')
+    assert len(networks[3].session.graph.get_collection('trainable_variables', 'prior')) == 3
+
+
 def test_samples_are_decoded_from_the_prior(small):
     """Codes that are not standard normal, a decoder of their own, a fixed number of samples."""
     assert fetch(small, 'samples').shape == (100, 28, 28)
@@ -299,10 +387,10 @@ def test_samples_are_decoded_from_the_prior(small):
     np.testing.assert_allclose(samples.std(0), decoded.std(0), rtol=.15)
 
 
-def test_training_gradient(small):
+def test_training_gradient(either):
     """A variable that the loss does not reach, a gradient stopped on one of its ways."""
-    session, images = small.session, pictures(8)
-    session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
+    session, images = either.session, pictures(8)
+    session.run(either.result.optimize, {'images:0': images, 'rate:0': 0.})
     assign(session, {tf.train.get_global_step(): 0})  # For the noise of that step.
     rng = np.random.RandomState(0)
     for variable, value in zip(*trainable(session)):
@@ -314,7 +402,7 @@ def test_training_gradient(small):
         losses = []
         for step in .01, -.01:
             assign(session, {variable: value + step * direction})
-            losses.append(-fetch(small, 'elbo', images))
+            losses.append(-fetch(either, 'elbo', images))
         assign(session, {variable: value})
         difference = (losses[0] - losses[1]) / .02
         np.testing.assert_allclose(difference, np.sum(gradient * direction), rtol=.03, atol=.03,
@@ -332,12 +420,12 @@ def test_gradient_of_the_images(small):
     np.testing.assert_allclose((above - below) / .002, np.sum(gradient * direction), rtol=.02)
 
 
-def test_training_lowers_the_loss(small):
+def test_training_lowers_the_loss(either):
     images = np.tile(pictures(1), [8, 1, 1])
-    before = fetch(small, 'elbo', images)
+    before = fetch(either, 'elbo', images)
     for _ in range(40):
-        small.session.run(small.result.optimize, {'images:0': images, 'rate:0': .02})
-    assert fetch(small, 'elbo', images) > before + 50
+        either.session.run(either.result.optimize, {'images:0': images, 'rate:0': .02})
+    assert fetch(either, 'elbo', images) > before + 50
 
 
 def test_seed_of_the_weights():
