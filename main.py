@@ -56,8 +56,11 @@ class RunError(Exception):
     """What ends the run: one line that says what is wrong and what to do."""
 
 
-class Interrupted(BaseException):
+class Interrupted(Exception):
     """The user or the system asks the run to end; holds the signal's number."""
+
+
+received = []  # Signals, since training began.
 
 
 def parse_arguments(arguments=None):
@@ -145,7 +148,7 @@ def run(args):
     with tf.Session(config=THREADS) as session:
         def save(entry):
             """Ends an epoch. A state is whole before `metrics.json` counts its epoch, and the one
-            before is still there: whenever the run is killed, `restore` finds all that it needs."""
+            before is still there: whenever the run is killed, it can be resumed."""
             write(state_saver, session, state_path, global_step=entry['epoch'],
                   latest_filename='training_state', write_meta_graph=False)
             history.append(entry)
@@ -160,14 +163,12 @@ def run(args):
                 raise RunError('%s: cannot be restored (%s); leave --resume out to start anew'
                                % (path, reason(error))) from error
 
-        def restore_state():
-            restore(state_saver, '%s-%d' % (state_path, len(history)))
-            if best_epoch(history) == len(history):  # Perhaps `save` did not come to it.
-                write(best_saver, session, best_path)
-
         session.run(tf.global_variables_initializer())
         if history:
-            restore_state()
+            restore(state_saver, '%s-%d' % (state_path, len(history)))
+            if best_epoch(history) == len(history):  # Perhaps `save` was killed before it.
+                write(best_saver, session, best_path)
+        received.clear()
         for signum in signal.SIGINT, signal.SIGTERM:
             signal.signal(signum, interrupt)
         try:
@@ -179,8 +180,6 @@ def run(args):
             if not history:
                 print('\nInterrupted before the end of the first epoch: nothing is saved.')
             else:
-                save_metrics(args, metrics)  # Perhaps `save` did not come to it.
-                restore_state()
                 restore(best_saver, best_path)
                 path = draw_samples(args, dataset, session.run(model.samples))
                 print('\nInterrupted. The best model so far is in %s, its samples in %s.'
@@ -203,13 +202,17 @@ def keep_freed_memory():
 
 
 def interrupt(signum, frame):
-    """Ends the run by an exception; a second signal ends the process."""
-    def end(signum, frame):  # Not `SIG_DFL` at once, which cannot be called if both come together.
+    """Asks the run to end at the next call of `end_if_interrupted`, since an exception at any point
+    could be lost, or leave a lock that is waited for. A second signal ends the process."""
+    if received:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, end)
-    raise Interrupted(signum)
+    received.append(signum)
+
+
+def end_if_interrupted():
+    if received:
+        raise Interrupted(received[0])
 
 
 def build(args, dataset):
@@ -255,6 +258,7 @@ def train(args, dataset, model, session, metrics, save):
             bar = tf.keras.utils.Progbar(batches, verbose=int(terminal))
             for i, images in enumerate(data.batches(
                     dataset.train_images, args.batch_size, args.seed, epoch)):
+                end_if_interrupted()
                 step = (epoch - 1) * batches + i
                 rate = learning_rate(step, args.epochs * batches, args.learning_rate)
                 _, elbo, divergence = session.run(
@@ -341,6 +345,7 @@ def log_likelihood(session, images, count):
     bar = tf.keras.utils.Progbar(count, verbose=int(sys.stdout.isatty()))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # The graph here is not in halves.
         for i in range(count):
+            end_if_interrupted()
             noise = [rng.standard_normal(mu.shape) for mu, _ in posteriors]
             weights = np.concatenate(list(pool.map(log_weights, chunks, posteriors, noise)))
             log_sum = np.logaddexp(log_sum, weights)
@@ -367,6 +372,7 @@ def report(args, dataset, network, model, session, metrics):
                draw_reconstructions(args, dataset, session),
                draw_latent_space(args, dataset, session, codes,
                                  *session.run([prior.probs, prior.mean, prior.scale]))]
+    end_if_interrupted()
     if args.importance_samples:
         likelihood, error, negative_elbo = log_likelihood(
             session, dataset.test_images, args.importance_samples)
@@ -618,8 +624,6 @@ def main():
         message = '%s: cannot be written (%s); make room, or choose another folder with ' \
             '--output-dir' % (getattr(error, 'filename', None) or args.output_dir,
                               getattr(error, 'strerror', None) or reason(error))
-    except Interrupted as interrupted:  # While such an error was on its way.
-        return 128 + interrupted.args[0]
     print('Error: ' + message, file=sys.stderr)
     return 1
 
