@@ -224,8 +224,9 @@ def _download(data_dir):
                         '%s: MNIST is not there and cannot be downloaded (%s); put its four files '
                         'there or use --dataset synthetic' % (data_dir, ', '.join(failures)))
                 try:
-                    path = get_file(name + '.gz', mirrors[0] + name + '.gz', cache_dir=folder,
-                                    cache_subdir='')
+                    # Absolute, as `get_file` takes a leading '~' for the home folder.
+                    path = get_file(name + '.gz', mirrors[0] + name + '.gz', cache_subdir='',
+                                    cache_dir=os.path.abspath(folder))
                     with open(path, 'rb') as file:
                         if hashlib.sha256(file.read()).hexdigest() == sha256:
                             break

@@ -154,7 +154,16 @@ def run(args):
             history.append(entry)
             save_metrics(args, metrics)
             if best_epoch(history) == entry['epoch']:
-                write(best_saver, session, best_path)
+                save_best()
+
+        def save_best():
+            write(best_saver, session, best_path, write_meta_graph=False)
+            meta_graph = best_saver.export_meta_graph(strip_default_attrs=True)
+            for node in meta_graph.graph_def.node:  # TensorFlow 1.14 does not know these of 2.21.
+                for name in {'grad_a', 'grad_b'}.intersection(node.attr):
+                    del node.attr[name]
+            with replacing(best_path + '.meta') as path, open(path, 'wb') as file:
+                file.write(meta_graph.SerializeToString())
 
         def restore(saver, path):
             try:
@@ -167,7 +176,7 @@ def run(args):
         if history:
             restore(state_saver, '%s-%d' % (state_path, len(history)))
             if best_epoch(history) == len(history):  # Perhaps `save` was killed before it.
-                write(best_saver, session, best_path)
+                save_best()
         received.clear()
         for signum in signal.SIGINT, signal.SIGTERM:
             signal.signal(signum, interrupt)

@@ -350,6 +350,14 @@ def test_checkpoint_is_as_small_as_its_weights(default):
     assert size < 1.01 * sum(array.nbytes for array in content.values())
 
 
+def test_graph_can_be_read_by_the_other_tensorflow(default):
+    """Marks of a newer TensorFlow's gradients, or its own random operations, in the graph."""
+    meta_graph = tf.MetaGraphDef.FromString((default / 'new_model.ckpt.meta').read_bytes())
+    for node in meta_graph.graph_def.node:
+        assert not {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr), node.name
+        assert not re.search('Random.*V2', node.op), node.name
+
+
 def test_grid_shows_the_samples(default, restored):
     expected = np.ones([10 * 116, 10 * 116])  # White; each pixel of a sample is 4 x 4 pixels.
     for i, sample in enumerate(restored['samples']):
