@@ -75,17 +75,17 @@ def load(data_dir, dataset='auto'):
     Raises:
         DataError: the files are damaged, do not belong together, or are not to be had.
     """
-    name, warning = 'IDX files in %s' % data_dir, None
-    try:
-        paths = dataset != 'synthetic' and (_find(data_dir) or _download(data_dir))
-    except DownloadError:
-        if dataset == 'mnist':
-            raise
-        paths = None
-        warning = 'Warning: this run uses synthetic digits, as MNIST cannot be downloaded.'
-        print(warning, file=sys.stderr)
-    if not paths:
-        name, paths = 'synthetic digits', _synthetic(os.path.join(data_dir, SYNTHETIC_FOLDER))
+    paths, warning = [], None
+    if dataset != 'synthetic':
+        try:
+            paths = _find(data_dir) or _download(data_dir)
+        except DownloadError:
+            if dataset == 'mnist':
+                raise
+            warning = 'Warning: this run uses synthetic digits, as MNIST cannot be downloaded.'
+            print(warning, file=sys.stderr)
+    name = 'IDX files in %s' % data_dir if paths else 'synthetic digits'
+    paths = paths or _synthetic(os.path.join(data_dir, SYNTHETIC_FOLDER))
 
     arrays = [read_idx(path, shape) for path, shape in zip(paths, [(28, 28), ()] * 2)]
     images, labels, test_images, test_labels = arrays
@@ -111,16 +111,8 @@ def load(data_dir, dataset='auto'):
 
 
 def batches(images, batch_size, seed, epoch):
-    """Yields all of `images` once, in an order that depends only on `seed` and `epoch`.
-
-    Args:
-        images: Array `[n, ...]`.
-        batch_size: Images in a batch; the last one has what is left.
-        seed, epoch: Integers from 0 to 2**32 - 1.
-
-    Yields:
-        Arrays `[<= batch_size, ...]` of the type of `images`.
-    """
+    """Yields all of `images` once, as arrays `[<= batch_size, ...]`, in an order that depends on
+    `seed` and `epoch` alone, integers from 0 to 2**32 - 1."""
     order = np.random.RandomState([seed, epoch]).permutation(len(images))
     for start in range(0, len(images), batch_size):
         yield images[order[start:start + batch_size]]
@@ -155,14 +147,8 @@ def _find(folder):
 
 
 def read_idx(path, item_shape):
-    """Reads one IDX file.
-
-    Args:
-        path: The file; gzipped if its name ends in '.gz'.
-        item_shape: `(28, 28)` for a file of images, `()` for one of labels.
-
-    Returns:
-        uint8 array `[n, *item_shape]`, read-only.
+    """Reads one IDX file, gzipped if its name ends in '.gz', of images (`item_shape` is `(28, 28)`)
+    or of labels (`()`). Returns a read-only uint8 array `[n, *item_shape]`.
 
     Raises:
         DataError: the file cannot be read, or is not a whole file of such items.
@@ -180,28 +166,26 @@ def read_idx(path, item_shape):
 
 
 def _parse_idx(file, item_shape, max_size):
-    kinds = {2051: 'images', 2049: 'labels'}
-    wanted = 2051 if item_shape else 2049
+    kind, wanted = ('images', 2051) if item_shape else ('labels', 2049)
     header = file.read(8 + 4 * len(item_shape))
     if len(header) < 8 + 4 * len(item_shape):
         raise ValueError('is truncated within its header')
     magic, count, *shape = struct.unpack('>%dI' % (len(header) // 4), header)
     if magic != wanted:
-        raise ValueError('has magic number %d (%s), not the %d of %s' % (
-            magic, kinds.get(magic, 'no IDX file of bytes'), wanted, kinds[wanted]))
+        raise ValueError('has magic number %d, not the %d of %s' % (magic, wanted, kind))
     if tuple(shape) != item_shape:
         raise ValueError('holds images of %d x %d, not 28 x 28' % tuple(shape))
     if count == 0:
-        raise ValueError('holds no %s' % kinds[wanted])
+        raise ValueError('holds no %s' % kind)
     size = count * int(np.prod(item_shape))
     if size > max_size:
-        raise ValueError('claims %d %s, too many for its size' % (count, kinds[wanted]))
+        raise ValueError('claims %d %s, too many for its size' % (count, kind))
     content = file.read(size)
     if len(content) < size:
         raise ValueError('is truncated: it claims %d bytes of %s and holds %d'
-                         % (size, kinds[wanted], len(content)))
+                         % (size, kind, len(content)))
     if file.read(1):  # At the end, this also has gzip verify its checksum.
-        raise ValueError('has bytes after its last %s' % kinds[wanted][:-1])
+        raise ValueError('has bytes after its last %s' % kind[:-1])
     return np.frombuffer(content, np.uint8).reshape((count,) + item_shape)
 
 
@@ -314,12 +298,7 @@ def synthesize(count, seed):
     at random. Along it falls a Gaussian spot of ink at each point, and paper blackens only so far.
     As in MNIST, the ink fits a box of 20 x 20 pixels and has its centre of mass at pixel (14, 14).
 
-    Args:
-        count: Number of digits.
-        seed: Integer from 0 to 2**32 - 1.
-
-    Returns:
-        uint8 images `[count, 28, 28]` and their labels `[count]`.
+    Returns uint8 images `[count, 28, 28]` and their labels `[count]`.
     """
     rng = np.random.RandomState(seed)
     labels = rng.permutation(np.arange(count) % 10).astype(np.uint8)
