@@ -8,7 +8,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
-import errno
 import glob
 import io
 import json
@@ -18,7 +17,6 @@ import platform
 import shlex
 import signal
 import sys
-import tempfile
 import time
 
 if __name__ == '__main__':
@@ -32,7 +30,7 @@ from matplotlib.ticker import MaxNLocator
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # No word on this processor's features.
 stderr = os.dup(2)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow 2 has some whatever the level.
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow 2 writes there whatever the level.
 try:
     import tensorflow.compat.v1 as tf
 finally:
@@ -44,10 +42,11 @@ from model import Network
 
 WARM_UP = .2  # Share of the steps in which the learning rate rises.
 CHUNK = 1000  # Images evaluated at once, to bound the memory.
+MODEL, STATE = 'new_model.ckpt', 'training_state'  # Names of checkpoints.
 LOG_STEPS = 50  # Steps between two points in TensorBoard.
 # The graph has two halves; each has half of the cores for its operations.
-THREADS = tf.ConfigProto(inter_op_parallelism_threads=2,
-                         intra_op_parallelism_threads=max(1, (os.cpu_count() or 1) // 2))
+SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,
+                                intra_op_parallelism_threads=max(1, (os.cpu_count() or 1) // 2))
 COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',  # Of the digits, told apart by
           '#882255', '#44aa99', '#999933', '#aa4499', '#000000']  # colour-blind readers too.
 
@@ -56,50 +55,43 @@ class RunError(Exception):
     """What ends the run: one line that says what is wrong and what to do."""
 
 
-class Interrupted(Exception):
-    """The user or the system asks the run to end; holds the signal's number."""
-
-
-received = []  # Signals, since training began.
+received = []  # Signals that ask the run to end, since training began.
 
 
 def parse_arguments(arguments=None):
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, '%s: error: %s; see --help\n' % (self.prog, message))
-
-    def number(kind, low, high):
+    def number(low, high):
         def parse(text):
-            value = kind(text)
+            value = type(low)(text)
             if not low <= value <= high:
                 raise ValueError
             return value
-        parse.__name__ = '%s from %s to %s' % (
-            {int: 'whole number', float: 'number'}[kind], low, high)
+        parse.__name__ = '%s from %s to %s' % (type(low).__name__, low, high)
         return parse
 
-    parser = Parser(description=__doc__.split('\n')[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split('\n')[0], allow_abbrev=False,
+        usage=argparse.SUPPRESS,  # An error is one line.
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add('--data-dir', default='MNIST_data', help='folder of the four IDX files')
     add('--dataset', default='auto', choices=['auto', 'mnist', 'synthetic'],
         help='mnist: the files of the data folder, else download MNIST into it; auto: the same, '
              'else draw synthetic digits; synthetic: draw them at once')
     add('--output-dir', default='.', help='folder of everything that is written')
-    add('--epochs', type=number(int, 1, 10 ** 6), default=12,
+    add('--epochs', type=number(1, 10 ** 6), default=12,
         help='passes over the training images')
-    add('--batch-size', type=number(int, 1, 10 ** 6), default=128, help='images a step')
-    add('--learning-rate', type=number(float, 1e-12, 1e12), default=1e-2,
+    add('--batch-size', type=number(1, 10 ** 6), default=128, help='images a step')
+    add('--learning-rate', type=number(1e-12, 1e12), default=1e-2,
         help='the highest step size of Adam: it is warmed up and then decays to zero')
-    add('--code-size', type=number(int, 1, 10 ** 4), default=14, help='dimensions of the code')
-    add('--mixture-components', type=number(int, 1, 10 ** 5), default=1,
+    add('--code-size', type=number(1, 10 ** 4), default=14, help='dimensions of the code')
+    add('--mixture-components', type=number(1, 10 ** 5), default=1,
         help='Gaussians in a learned prior; 1: the prior is the standard normal')
-    add('--importance-samples', type=number(int, 0, 10 ** 6), default=0,
+    add('--importance-samples', type=number(0, 10 ** 6), default=0,
         help="codes of each test image's posterior from which log p(x) is estimated at the end; "
              '0: it is not')
-    add('--patience', type=number(int, 1, 10 ** 6), default=10,
+    add('--patience', type=number(1, 10 ** 6), default=10,
         help='epochs without a better validation ELBO after which training ends')
-    add('--seed', type=number(int, 0, 2 ** 31 - 1), default=0,
+    add('--seed', type=number(0, 2 ** 31 - 1), default=0,
         help='of the weights, the noise and the order of the images')
     add('--resume', action='store_true',
         help='go on with the run in the output folder, given the same flags; '
@@ -108,94 +100,80 @@ def parse_arguments(arguments=None):
 
 
 def run(args):
-    """Does all that the command does. Returns its exit code.
-
-    Raises:
-        RunError, data.DataError, OSError, tf.errors.OpError: it failed. What an earlier run, or
-            this one's last whole epoch, has written is still good.
-    """
+    """Does all that the command does. Returns its exit code. If it fails, what an earlier run, or
+    this one's last whole epoch, has written is still good."""
     start = time.time()
     keep_freed_memory()
-    make_output_dir(args.output_dir)
-    metrics = load_metrics(args) if args.resume else {'history': [], 'log_dir': os.path.join(
-        'logs', '%s-%d' % (time.strftime('%Y-%m-%d-%H%M%S'), os.getpid()))}
-    history = metrics['history']
+    os.makedirs(args.output_dir, exist_ok=True)
     dataset = data.load(args.data_dir, args.dataset)
-    if args.resume and metrics['fingerprint'] != dataset.fingerprint:
-        raise RunError('--data-dir: the run in %s had other images; name their folder, or leave '
-                       '--resume out to start anew' % args.output_dir)
+    metrics = load_metrics(args, dataset) if args.resume else {
+        'history': [], 'log_dir': time.strftime('logs/%Y-%m-%d-%H%M%S-') + str(os.getpid())}
+    history = metrics['history']
     metrics.update(
         settings={key: value for key, value in vars(args).items() if key != 'resume'},
         dataset=dataset.name, fingerprint=dataset.fingerprint,
         versions={'python': platform.python_version(), 'tensorflow': tf.VERSION,
                   'numpy': np.__version__, 'matplotlib': matplotlib.__version__})
 
-    network, model = build(args, dataset)
+    model = build(args, dataset)
     print('Model: %s parameters.' % format(sum(
         int(np.prod(v.shape)) for v in tf.trainable_variables()), ','))
 
-    # The step is a part of the noise's seed.
-    best_saver = tf.train.Saver(tf.trainable_variables() + [tf.train.get_global_step()],
-                                save_relative_paths=True)
-    best_path = os.path.join(args.output_dir, 'new_model.ckpt')
+    # With the step, as the noise depends on it: a restored model gives the same ELBO.
+    saver = tf.train.Saver(tf.trainable_variables() + [tf.train.get_global_step()],
+                           save_relative_paths=True)
+    meta_graph = saver.export_meta_graph(strip_default_attrs=True)
+    for node in meta_graph.graph_def.node:  # Of TensorFlow 2.21, and of `model.py`.
+        for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
+            del node.attr[name]
     state_saver = tf.train.Saver(max_to_keep=2, save_relative_paths=True)
-    state_path = os.path.join(args.output_dir, 'training_state')
-    with contextlib.suppress(ValueError):  # It is damaged.
-        states = tf.train.get_checkpoint_state(args.output_dir, 'training_state')
+    with contextlib.suppress(ValueError):  # The list of states is damaged; it serves only for this.
+        states = tf.train.get_checkpoint_state(args.output_dir, STATE)
         if states:  # Of an earlier run, or of this one before it was killed: removed in turn.
             state_saver.recover_last_checkpoints(states.all_model_checkpoint_paths)
 
-    with tf.Session(config=THREADS) as session:
-        def save(entry):
-            """Ends an epoch. A state is whole before `metrics.json` counts its epoch, and the one
-            before is still there: whenever the run is killed, it can be resumed."""
-            write(state_saver, session, state_path, global_step=entry['epoch'],
-                  latest_filename='training_state', write_meta_graph=False)
-            history.append(entry)
-            save_metrics(args, metrics)
-            if best_epoch(history) == entry['epoch']:
-                save_best()
-
-        def save_best():
-            write(best_saver, session, best_path, write_meta_graph=False)
-            meta_graph = best_saver.export_meta_graph(strip_default_attrs=True)
-            for node in meta_graph.graph_def.node:  # TensorFlow 1.14 does not know these of 2.21.
-                for name in {'grad_a', 'grad_b'}.intersection(node.attr):
-                    del node.attr[name]
-            with replacing(best_path + '.meta') as path, open(path, 'wb') as file:
-                file.write(meta_graph.SerializeToString())
-
-        def restore(saver, path):
-            try:
-                saver.restore(session, path)
-            except (tf.errors.OpError, ValueError) as error:
-                raise RunError('%s: cannot be restored (%s); leave --resume out to start anew'
-                               % (path, reason(error))) from error
-
+    received.clear()
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, interrupt)
+    log_dir = os.path.join(args.output_dir, metrics['log_dir'])
+    with tf.Session(config=SESSION_CONFIG) as session, \
+            tf.summary.FileWriter(os.path.join(log_dir, 'training')) as log, \
+            tf.summary.FileWriter(os.path.join(log_dir, 'validation')) as validation_log:
         session.run(tf.global_variables_initializer())
-        if history:
-            restore(state_saver, '%s-%d' % (state_path, len(history)))
-            if best_epoch(history) == len(history):  # Perhaps `save` was killed before it.
-                save_best()
-        received.clear()
-        for signum in signal.SIGINT, signal.SIGTERM:
-            signal.signal(signum, interrupt)
+        if not history:
+            log.add_graph(session.graph)
+        else:
+            restore(args, state_saver, session, '%s-%d' % (STATE, len(history)))
+            if best_epoch(history) == len(history):  # Perhaps the run was killed before this.
+                save_model(args, saver, session, meta_graph)
         try:
-            train(args, dataset, model, session, metrics, save)
-            restore(best_saver, best_path)
-            report(args, dataset, network, model, session, metrics)
+            while len(history) < args.epochs and len(history) - best_epoch(history) < args.patience:
+                metrics.pop('test', None)
+                entry = train_epoch(args, dataset, model, session, len(history) + 1, log,
+                                    validation_log)
+                # A state is whole before `metrics.json` counts its epoch, and the one before is
+                # still there: whenever the run is killed, it can be resumed.
+                save(args, state_saver, session, STATE, global_step=entry['epoch'],
+                     latest_filename=STATE)
+                history.append(entry)
+                save_metrics(args, metrics)
+                if best_epoch(history) == len(history):
+                    save_model(args, saver, session, meta_graph)
+                draw_training_curves(args, dataset, history)
+            restore(args, saver, session, MODEL)
+            report(args, dataset, model, session, metrics)
             print('Done in %.0f s.' % (time.time() - start))
-        except Interrupted as interrupted:
+        except KeyboardInterrupt:
             if not history:
                 print('\nInterrupted before the end of the first epoch: nothing is saved.')
             else:
-                restore(best_saver, best_path)
-                path = draw_samples(args, dataset, session.run(model.samples))
-                print('\nInterrupted. The best model so far is in %s, its samples in %s.'
-                      % (best_path, path))
-                print('Go on with: python main.py %s --resume' % ' '.join(
-                    shlex.quote(a) for a in sys.argv[1:] if a != '--resume'))
-            return 128 + interrupted.args[0]
+                restore(args, saver, session, MODEL)
+                print('\nInterrupted. The best model so far is in %s, its samples in %s.' % (
+                    os.path.join(args.output_dir, MODEL),
+                    draw_samples(args, dataset, session.run(model.samples))))
+                print('Go on with: %s --resume' % ' '.join(
+                    shlex.quote(a) for a in [sys.executable, *sys.argv] if a != '--resume'))
+            return 128 + received[0]
     if dataset.warning:
         print(dataset.warning, file=sys.stderr)
     return 0
@@ -221,19 +199,19 @@ def interrupt(signum, frame):
 
 def end_if_interrupted():
     if received:
-        raise Interrupted(received[0])
+        raise KeyboardInterrupt
 
 
 def build(args, dataset):
     """Builds the graph, to be fed by `images:0` and `learning_rate:0`."""
     images = tf.placeholder(tf.float32, [None, 28, 28], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
-    tf.constant(dataset.name, name='dataset')
+    tf.constant(dataset.name, name='dataset')  # For who wonders what a checkpoint was trained on.
     # A pixel that is never inked has a mean of 0; half a grey level keeps its logit finite.
     mean = (dataset.train_images.mean(0) + .5) / 256
     network = Network(args.code_size, args.mixture_components, logits=np.log(mean / (1 - mean)),
                       seed=args.seed)
-    return network, network.optimization(images, rate)
+    return network.optimization(images, rate)
 
 
 # ------------------------------------------------------------------------ Training and evaluation
@@ -245,67 +223,52 @@ def learning_rate(step, steps, peak):
     return peak * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
 
 
-def train(args, dataset, model, session, metrics, save):
-    """Trains from the end of the history on, calling `save` with each new epoch's entry."""
-    history = metrics['history']
+def train_epoch(args, dataset, model, session, epoch, log, validation_log):
+    """Trains one epoch, evaluates it on the validation images, and returns what the history is to
+    say of it."""
+    start, totals = time.time(), np.zeros(2)
     batches = math.ceil(len(dataset.train_images) / args.batch_size)
-    log_dir = os.path.join(args.output_dir, metrics['log_dir'])
     terminal = sys.stdout.isatty()
-    with tf.summary.FileWriter(os.path.join(log_dir, 'training')) as log, \
-            tf.summary.FileWriter(os.path.join(log_dir, 'validation')) as validation_log:
-        if history:  # What was logged after its last epoch comes again.
-            for writer in log, validation_log:
-                writer.add_session_log(tf.SessionLog(status=tf.SessionLog.START),
-                                       len(history) * batches + 1)
-        else:
-            log.add_graph(tf.get_default_graph())
-        while len(history) < args.epochs and len(history) - best_epoch(history) < args.patience:
-            epoch, start, totals = len(history) + 1, time.time(), np.zeros(2)
-            metrics.pop('test', None)
-            if terminal:
-                print('Epoch %d/%d' % (epoch, args.epochs))
-            bar = tf.keras.utils.Progbar(batches, verbose=int(terminal))
-            for i, images in enumerate(data.batches(
-                    dataset.train_images, args.batch_size, args.seed, epoch)):
-                end_if_interrupted()
-                step = (epoch - 1) * batches + i
-                rate = learning_rate(step, args.epochs * batches, args.learning_rate)
-                _, elbo, divergence = session.run(
-                    [model.optimize, model.elbo, model.reg],
-                    {'images:0': data.to_float(images), 'learning_rate:0': rate})
-                divergence = divergence.mean()
-                totals += len(images) * np.array([-elbo, divergence])
-                bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence)])
-                if step % LOG_STEPS == 0:
-                    log.add_summary(summary(-elbo, divergence, rate), step + 1)
-            training = totals / len(dataset.train_images)
-            *validation, _ = evaluate(session, model, dataset.validation_images)
-            if not math.isfinite(validation[0]):
-                raise RunError('--learning-rate: training diverged in epoch %d (the ELBO is %s); '
-                               'try a lower one' % (epoch, validation[0]))
-            seconds = time.time() - start
-            print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
-                  % (epoch, args.epochs, training[0], *validation, seconds))
-            save({'epoch': epoch, 'seconds': seconds,
-                  'training_negative_elbo': training[0], 'training_divergence': training[1],
-                  'validation_negative_elbo': validation[0],
-                  'validation_divergence': validation[1]})
-            validation_log.add_summary(
-                summary(*validation, rate, mosaic(session.run(model.samples))), epoch * batches)
-            validation_log.flush()
-            draw_training_curves(args, dataset, history)
+    if terminal:
+        print('Epoch %d/%d' % (epoch, args.epochs))
+    bar = tf.keras.utils.Progbar(batches, verbose=int(terminal))
+    for i, images in enumerate(data.batches(
+            dataset.train_images, args.batch_size, args.seed, epoch)):
+        end_if_interrupted()
+        step = (epoch - 1) * batches + i
+        rate = learning_rate(step, args.epochs * batches, args.learning_rate)
+        _, elbo, divergence = session.run(
+            [model.optimize, model.elbo, model.reg],
+            {'images:0': data.to_float(images), 'learning_rate:0': rate})
+        divergence = divergence.mean()
+        totals += len(images) * np.array([-elbo, divergence])
+        bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence)])
+        if step % LOG_STEPS == 0:
+            log.add_summary(summary(-elbo, divergence, rate), step + 1)
+    training_elbo, training_divergence = totals / len(dataset.train_images)
+    negative_elbo, divergence, _ = evaluate(session, model, dataset.validation_images)
+    if not math.isfinite(negative_elbo):
+        raise RunError('--learning-rate: training diverged in epoch %d (the ELBO is %s); try a '
+                       'lower one' % (epoch, -negative_elbo))
+    samples = png(mosaic(session.run(model.samples)))
+    validation_log.add_summary(summary(negative_elbo, divergence, rate, samples), epoch * batches)
+    validation_log.flush()
+    seconds = time.time() - start
+    print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
+          % (epoch, args.epochs, training_elbo, negative_elbo, divergence, seconds))
+    return {'epoch': epoch, 'seconds': seconds, 'training_negative_elbo': training_elbo,
+            'training_divergence': training_divergence, 'validation_negative_elbo': negative_elbo,
+            'validation_divergence': divergence}
 
 
-def summary(negative_elbo, divergence, rate, picture=None):
+def summary(negative_elbo, divergence, rate, samples=None):
     """A point for TensorBoard, under the same names for training and validation."""
     values = {'negative_ELBO': negative_elbo, 'divergence': divergence,
               'reconstruction': negative_elbo - divergence, 'learning_rate': rate}
     result = tf.Summary(value=[tf.Summary.Value(tag=tag, simple_value=value)
                                for tag, value in values.items()])
-    if picture is not None:
-        png = io.BytesIO()
-        matplotlib.image.imsave(png, picture, cmap='gray', vmin=0, vmax=1, format='png')
-        result.value.add(tag='samples', image=tf.Summary.Image(encoded_image_string=png.getvalue()))
+    if samples is not None:
+        result.value.add(tag='samples', image=tf.Summary.Image(encoded_image_string=samples))
     return result
 
 
@@ -319,8 +282,7 @@ def evaluate(session, model, images):
     """The mean negative ELBO and divergence of uint8 `images` `[n, 28, 28]`, in nats per image, and
     the means of their posteriors, `[n, code_size]`."""
     totals, codes = np.zeros(2), []
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start:start + CHUNK]
+    for chunk in np.split(images, range(CHUNK, len(images), CHUNK)):
         elbo, divergence, mu = session.run([model.elbo, model.reg, 'mu:0'],
                                            {'images:0': data.to_float(chunk)})
         totals += [-elbo * len(chunk), divergence.sum()]
@@ -329,21 +291,16 @@ def evaluate(session, model, images):
 
 
 def log_likelihood(session, images, count):
-    """Estimates log p(x) of binarised images by importance sampling from their posteriors.
+    """Estimates log p(x) of uint8 images `[n, 28, 28]`, binarised: a pixel becomes 1 with its grey
+    value as probability.
 
     log p(x) = log E_q(z|x)[w] with w = p(x|z) p(z) / q(z|x), and thus about the log of the mean of
     `count` such weights; from below, on average (Y. Burda et al., 2015, arXiv:1509.00519, eq. 8).
-
-    Args:
-        images: uint8 `[n, 28, 28]`. A pixel becomes 1 with its grey value as probability.
-        count: codes of each image.
-
-    Returns:
-        Means over images, in nats: of -log p(x), its standard error, and of the negative ELBO.
+    Returns means over images, in nats: of -log p(x), its standard error, and of the negative ELBO.
     """
     rng = np.random.RandomState(0)  # Of its own: figures of different runs can be compared.
     images = np.float32(rng.random_sample(images.shape) < images / 255)
-    chunks = [images[start:start + CHUNK] for start in range(0, len(images), CHUNK)]
+    chunks = np.split(images, range(CHUNK, len(images), CHUNK))
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
     def log_weights(chunk, posterior, noise):
@@ -352,7 +309,7 @@ def log_likelihood(session, images, count):
                                             'code:0': mu + sigma * noise})
     log_sum, total = np.full(len(images), -np.inf), np.zeros(len(images))  # In float64.
     bar = tf.keras.utils.Progbar(count, verbose=int(sys.stdout.isatty()))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # The graph here is not in halves.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # A fed code is not in a half.
         for i in range(count):
             end_if_interrupted()
             noise = [rng.standard_normal(mu.shape) for mu, _ in posteriors]
@@ -364,7 +321,7 @@ def log_likelihood(session, images, count):
     return -log_p.mean(), log_p.std() / math.sqrt(len(log_p)), -total.mean() / count
 
 
-def report(args, dataset, network, model, session, metrics):
+def report(args, dataset, model, session, metrics):
     """Evaluates the best model on the test images and draws it."""
     history = metrics['history']
     negative_elbo, divergence, codes = evaluate(session, model, dataset.test_images)
@@ -374,13 +331,11 @@ def report(args, dataset, network, model, session, metrics):
     metrics.setdefault('test', {}).update(
         negative_elbo=negative_elbo, divergence=divergence,
         reconstruction=negative_elbo - divergence)
-    prior = network.prior()
-    written = [save_metrics(args, metrics),
-               draw_samples(args, dataset, session.run(model.samples)),
-               draw_training_curves(args, dataset, history),
-               draw_reconstructions(args, dataset, session),
-               draw_latent_space(args, dataset, session, codes,
-                                 *session.run([prior.probs, prior.mean, prior.scale]))]
+    save_metrics(args, metrics)
+    draw_samples(args, dataset, session.run(model.samples))
+    draw_training_curves(args, dataset, history)
+    draw_reconstructions(args, dataset, session)
+    draw_latent_space(args, dataset, session, codes)
     end_if_interrupted()
     if args.importance_samples:
         likelihood, error, negative_elbo = log_likelihood(
@@ -391,33 +346,40 @@ def report(args, dataset, network, model, session, metrics):
             negative_log_likelihood=likelihood, standard_error=error,
             importance_samples=args.importance_samples, binarised_negative_elbo=negative_elbo)
         save_metrics(args, metrics)
-    print('Wrote %s' % ', '.join([*written, *(os.path.join(args.output_dir, name) for name in [
-        'new_model.ckpt.*', 'training_state*', metrics['log_dir']])]))
+    print('Wrote %s' % ', '.join(os.path.join(args.output_dir, name) for name in [
+        'checkpoint', 'new_model.ckpt.*', 'new_images.png', 'training_curves.png',
+        'reconstructions.png', 'latent_space.png', 'metrics.json', metrics['log_dir'],
+        'training_state*']))
 
 
 # ---------------------------------------------------------------------------------------- Files
 
 
-def make_output_dir(path):
+def save(args, saver, session, name, **options):
+    """As `saver.save`, and leaves no parts of what failed or, the last time, was killed."""
+    path = os.path.join(args.output_dir, name)
     try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise RunError('--output-dir: nothing can be written into %s (%s); choose another folder'
-                       % (path, error.strerror)) from error
-
-
-def write(saver, session, path, **options):
-    """As `saver.save`, but its errors are OSErrors, and no parts are left of what failed or, the
-    last time, was killed."""
-    try:
-        saver.save(session, path, **options)
-    except (tf.errors.OpError, ValueError) as error:  # A ValueError if the folder is gone.
-        raise OSError(errno.EIO, reason(error), path) from error
+        saver.save(session, path, write_meta_graph=False, **options)
+    except ValueError as error:  # The folder is gone.
+        raise OSError(str(error)) from error
     finally:
         for part in glob.glob(glob.escape(path) + '*.tempstate*'):
             os.remove(part)
+
+
+def save_model(args, saver, session, meta_graph):
+    """Writes the checkpoint that users restore: weights and graph."""
+    save(args, saver, session, MODEL)
+    replace(args, MODEL + '.meta', meta_graph.SerializeToString())
+
+
+def restore(args, saver, session, name):
+    path = os.path.join(args.output_dir, name)
+    try:
+        saver.restore(session, path)
+    except (tf.errors.OpError, ValueError) as error:
+        raise RunError('%s: cannot be restored (%s); leave --resume out to start anew'
+                       % (path, reason(error))) from error
 
 
 def reason(error):
@@ -425,93 +387,84 @@ def reason(error):
     return str(error).split('\n\t [[')[0].split('\n')[-1]
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Gives the name of a file to write, which then takes the place of `path`, whole or not at
-    all."""
-    unfinished = path + '.unfinished'
+def replace(args, name, content):
+    """Has a file in the output folder hold these bytes: it changes at once or, if that fails, not
+    at all. Returns its path."""
+    path = os.path.join(args.output_dir, name)
     try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
+        with open(path + '.unfinished', 'wb') as file:
+            file.write(content)
+        os.replace(path + '.unfinished', path)
+    except OSError:
         with contextlib.suppress(OSError):
-            os.remove(unfinished)
+            os.remove(path + '.unfinished')
+        raise
+    return path
 
 
 def save_metrics(args, metrics):
     """Writes the settings, the history and the results, for programs to read."""
     metrics['best_epoch'] = best_epoch(metrics['history'])
-    path = os.path.join(args.output_dir, 'metrics.json')
-    with replacing(path) as unfinished, open(unfinished, 'w') as file:
-        json.dump(metrics, file, indent=2)
-        file.write('\n')
-    return path
+    replace(args, 'metrics.json', (json.dumps(metrics, indent=2) + '\n').encode())
 
 
-def load_metrics(args):
+def load_metrics(args, dataset):
     """Reads what `save_metrics` wrote, and refuses to go on from another kind of run."""
     path = os.path.join(args.output_dir, 'metrics.json')
     try:
         with open(path) as file:
             metrics = json.load(file)
-        settings = {flag: metrics['settings'][flag] for flag in
-                    ['code_size', 'mixture_components', 'batch_size', 'learning_rate', 'seed']}
-        epochs = [entry['epoch'] for entry in metrics['history']]
-        for entry in metrics['history']:
-            sum(entry[kind + key] for kind in ('training_', 'validation_')
-                for key in ('negative_elbo', 'divergence'))
-        if not epochs or epochs != list(range(1, len(epochs) + 1)):
-            raise ValueError('its history has gaps')
-        os.path.join(metrics['log_dir'], metrics['fingerprint'])
+        if not best_epoch(metrics['history']) or not metrics['log_dir']:
+            raise ValueError('no epoch is in it')
+        for flag in 'code_size', 'mixture_components', 'batch_size', 'learning_rate', 'seed':
+            if getattr(args, flag) != metrics['settings'][flag]:
+                raise RunError('--%s: the run in %s had another (%s); give the same flags, or '
+                               'leave --resume out to start anew' % (
+                                   flag.replace('_', '-'), args.output_dir,
+                                   metrics['settings'][flag]))
+        if metrics['fingerprint'] != dataset.fingerprint:
+            raise RunError('--data-dir or --dataset: the run in %s had other images (%s); give the '
+                           'same, or leave --resume out to start anew'
+                           % (args.output_dir, metrics['dataset']))
+        if len(metrics['history']) > args.epochs:
+            raise RunError('--epochs: the run in %s has trained for %d already; give that many or '
+                           'more' % (args.output_dir, len(metrics['history'])))
     except FileNotFoundError as error:
         raise RunError('--resume: there is no %s to go on from; leave --resume out, or name the '
                        "run's folder with --output-dir" % path) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError('%s: cannot be read (%s: %s); leave --resume out to start anew'
                        % (path, type(error).__name__, error)) from error
-    for flag, value in settings.items():
-        if getattr(args, flag) != value:
-            raise RunError('--%s: the run in %s had another (%s); give the same flags, or leave '
-                           '--resume out to start anew'
-                           % (flag.replace('_', '-'), args.output_dir, value))
-    if len(epochs) > args.epochs:
-        raise RunError('--epochs: the run in %s has trained for %d already; give that many or more'
-                       % (args.output_dir, len(epochs)))
     return metrics
 
 
 # ------------------------------------------------------------------------------------- Pictures
 
 
-def save_figure(args, dataset, name, figure):
-    path = os.path.join(args.output_dir, name)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format='png', dpi=100, metadata={'Source': dataset.name})
-    return path
+def mosaic(images, columns=10):
+    """Lays images `[n, 28, 28]` out in rows, with white lines between them."""
+    images = np.pad(images, [(0, 0), (0, 1), (0, 1)], 'constant', constant_values=1)
+    grid = images.reshape(-1, columns, 29, 29).swapaxes(1, 2).reshape(-1, columns * 29)
+    return grid[:-1, :-1]
 
 
-def mosaic(images, columns=10, scale=1, gap=1):
-    """Lays images `[n, 28, 28]` out in rows, enlarged pixel by pixel, white lines between them."""
-    images = np.kron(images, np.ones((1, scale, scale)))
-    images = np.pad(images, [(0, 0), (0, gap), (0, gap)], 'constant', constant_values=1)
-    height, width = images.shape[1:]
-    grid = images.reshape(-1, columns, height, width).swapaxes(1, 2)
-    return grid.reshape(-1, columns * width)[:len(grid) * height - gap, :columns * width - gap]
-
-
-def show_grid(axes, images, columns=10, gap=1):
-    axes.imshow(mosaic(images, columns, gap=gap), cmap='gray', vmin=0, vmax=1)
-    axes.set_xticks([])
-    axes.set_yticks([])
+def png(image, **options):
+    """The bytes of a PNG file of an image `[height, width]` from 0 to 1."""
+    file = io.BytesIO()
+    matplotlib.image.imsave(file, image, cmap='gray', vmin=0, vmax=1, format='png', **options)
+    return file.getvalue()
 
 
 def draw_samples(args, dataset, samples):
-    """Writes `new_images.png`: 10 x 10 samples, the plain grid."""
-    path = os.path.join(args.output_dir, 'new_images.png')
-    with replacing(path) as unfinished:
-        matplotlib.image.imsave(unfinished, mosaic(samples, scale=4, gap=4), cmap='gray', vmin=0,
-                                vmax=1, format='png', metadata={'Source': dataset.name})
-    return path
+    """Writes `new_images.png`: 10 x 10 samples and nothing else. Returns its path."""
+    return replace(args, 'new_images.png', png(np.kron(mosaic(samples), np.ones([4, 4])),
+                                               metadata={'Source': dataset.name}))
+
+
+def save_figure(args, name, figure):
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=100)
+    replace(args, name, file.getvalue())
 
 
 def draw_training_curves(args, dataset, history):
@@ -525,13 +478,11 @@ def draw_training_curves(args, dataset, history):
             values = [entry['%s_%s' % (kind, key)] for entry in history]
             axes.plot(epochs, values, color=color, marker=marker, markersize=4, label=kind)
         axes.axvline(best, color='0.5', linestyle='--', label='best epoch (%d)' % best)
-        axes.set_title('%s (%s)' % (title, dataset.name))
-        axes.set_xlabel('epoch')
-        axes.set_ylabel('nats per image')
+        axes.set(title='%s (%s)' % (title, dataset.name), xlabel='epoch', ylabel='nats per image')
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=.3)
         axes.legend()
-    return save_figure(args, dataset, 'training_curves.png', figure)
+    save_figure(args, 'training_curves.png', figure)
 
 
 def draw_reconstructions(args, dataset, session):
@@ -544,62 +495,50 @@ def draw_reconstructions(args, dataset, session):
             reconstructions[:len(images)] = session.run('reconstruction:0', {'images:0': images})
     figure = Figure(figsize=(6, 11.5), tight_layout=True)
     axes = figure.subplots()
-    show_grid(axes, pairs.reshape(-1, 28, 28))
-    axes.set_title('Test images, and below each its reconstruction\n(%s)' % dataset.name)
-    axes.set_yticks(58 * np.arange(10) + 28)
-    axes.set_yticklabels(range(10))
-    axes.set_ylabel('class')
-    return save_figure(args, dataset, 'reconstructions.png', figure)
+    axes.imshow(mosaic(pairs.reshape(-1, 28, 28)), cmap='gray', extent=[0, 10, 9.5, -.5],
+                aspect='auto')
+    axes.set(title='Test images, and below each its reconstruction\n(%s)' % dataset.name,
+             xticks=[], yticks=range(10), ylabel='class')
+    save_figure(args, 'reconstructions.png', figure)
 
 
-def draw_latent_space(args, dataset, session, codes, probs, mean, scale):
-    """Writes `latent_space.png`: decoded codes beside the means of the test images' posteriors. The
-    prior is a mixture with these parameters."""
+def draw_latent_space(args, dataset, session, codes):
+    """Writes `latent_space.png`: decoded codes beside `codes`, those of the test images."""
     labels = dataset.test_labels
     figure = Figure(figsize=(13.5, 6.5), tight_layout=True)
     left, right = figure.subplots(1, 2)
     if args.code_size == 2:
-        rng = np.random.RandomState(0)
-        component = rng.choice(len(probs), 10 ** 5, p=np.float64(probs) / np.sum(probs, dtype='d'))
-        draws = mean[component] + scale[component] * rng.standard_normal([10 ** 5, 2])
-        x, y = np.percentile(draws, 5 * np.arange(20) + 2.5, axis=0).T
-        grid = np.stack(np.meshgrid(x, y[::-1]), -1).reshape(-1, 2)
-        show_grid(left, session.run('reconstruction:0', {'code:0': grid}), 20, gap=0)
-        left.set_title('Decoded codes, evenly spread over the prior (%s)' % dataset.name)
-        ticks = 28 * np.arange(20) + 14
-        left.set_xticks(ticks[::3])
-        left.set_xticklabels(['%.1f' % value for value in x[::3]])
-        left.set_yticks(ticks[::3])
-        left.set_yticklabels(['%.1f' % value for value in y[::-3]])
-        points, names = codes, ['code, dimension 1', 'code, dimension 2']
-        left.set_xlabel(names[0])
-        left.set_ylabel(names[1])
-        right.set_title('Codes (posterior means) of the test images;\n'
-                        "crosses: the means of the prior's components")
+        points, columns = codes, 20
+        places = np.arange(20) + .5
+        x, y = np.percentile(codes, 5 * places, axis=0).T
+        grid, extent = np.stack(np.meshgrid(x, y[::-1]), -1), [0, 20, 0, 20]
+        left.set(title='Decoded codes, as dense as those of the test images (%s)' % dataset.name,
+                 xlabel='code, dimension 1', ylabel='code, dimension 2',
+                 xticks=places[::3], xticklabels=['%.1f' % value for value in x[::3]],
+                 yticks=places[::3], yticklabels=['%.1f' % value for value in y[::3]])
+        right.set(title='Codes (posterior means) of the test images;\n'
+                        "crosses: the means of the prior's components",
+                  xlabel='code, dimension 1', ylabel='code, dimension 2')
+        right.scatter(*session.run('prior_mean:0').T, s=20, color='black', marker='+',
+                      linewidths=.6, zorder=2)
     else:
-        # The first image of a class, and the first of the next class.
-        ends = [np.argmax(labels == digit) for digit in [*range(10), 0]]
-        shares = np.linspace(0, 1, 11)[:, None]
-        grid = np.concatenate([codes[a] + shares * (codes[b] - codes[a])
-                               for a, b in zip(ends, ends[1:])])
-        show_grid(left, session.run('reconstruction:0', {'code:0': grid}), 11)
-        left.set_title('Decoded codes between pairs of test images (%s)' % dataset.name)
-        left.set_xlabel("share of the second image's code")
-        left.set_xticks(29 * np.arange(0, 11, 5) + 14)
-        left.set_xticklabels(['0', '0.5', '1'])
         points, right_share = linear_discriminants(codes, labels)
-        names = ['linear discriminant 1', 'linear discriminant 2']
-        right.set_title('Codes (posterior means) of the test images; the nearest class centre\nin '
-                        'this plane is right for %.0f%%' % (100 * right_share))
+        columns, shares = 11, np.linspace(0, 1, 11)[:, None]
+        # Between the first image of a class and the first of the next class.
+        ends = codes[[np.argmax(labels == digit) for digit in [*range(10), 0]]]
+        grid, extent = [a + shares * (b - a) for a, b in zip(ends, ends[1:])], [-.05, 1.05, 10, 0]
+        left.set(title='Decoded codes between pairs of test images (%s)' % dataset.name,
+                 xlabel="share of the second image's code", yticks=[])
+        right.set(title='Codes (posterior means) of the test images; the nearest class centre\nin '
+                        'this plane is right for %.0f%%' % (100 * right_share),
+                  xlabel='linear discriminant 1', ylabel='linear discriminant 2')
+    decoded = session.run('reconstruction:0', {'code:0': np.reshape(grid, [-1, args.code_size])})
+    left.imshow(mosaic(decoded, columns), cmap='gray', extent=extent, aspect='auto')
     for digit, color in enumerate(COLORS):
         right.scatter(*points[labels == digit].T, s=3, color=color, label=digit, linewidths=0,
                       alpha=.6)
-    if args.code_size == 2:
-        right.scatter(*mean.T, s=20, color='black', marker='+', linewidths=.6)
-    right.set_xlabel(names[0])
-    right.set_ylabel(names[1])
     right.legend(title='class', markerscale=4, loc='center left', bbox_to_anchor=(1, .5))
-    return save_figure(args, dataset, 'latent_space.png', figure)
+    save_figure(args, 'latent_space.png', figure)
 
 
 def linear_discriminants(points, labels):
@@ -611,10 +550,11 @@ def linear_discriminants(points, labels):
     """
     _, classes = np.unique(labels, return_inverse=True)
     centres = np.stack([points[classes == k].mean(0) for k in range(classes.max() + 1)])
-    within = np.cov((points - centres[classes]).T).reshape(points.shape[1], -1)
+    within = (points - centres[classes]).T @ (points - centres[classes]) / len(points)
     # White within classes; dimensions that the model does not use have next to no spread.
     white = np.linalg.inv(np.linalg.cholesky(within + 1e-6 * np.eye(len(within))))
-    between = np.cov(white @ (centres - points.mean(0)).T).reshape(within.shape)
+    between = white @ (centres - points.mean(0)).T
+    between = between @ between.T
     plane = np.linalg.eigh(between)[1][:, :-3:-1].T @ white
     plane = np.pad(plane, [(0, 2 - len(plane)), (0, 0)], 'constant')  # Of a single dimension.
     projections, centres = points @ plane.T, centres @ plane.T
@@ -625,8 +565,11 @@ def linear_discriminants(points, labels):
 def main():
     sys.stdout.reconfigure(line_buffering=True)  # Into a file or a pipe, too.
     args = parse_arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return run(args)
+    except KeyboardInterrupt:  # Before training: a download may leave files to clear away.
+        return 128 + signal.SIGINT
     except (RunError, data.DataError) as error:
         message = str(error)
     except (OSError, tf.errors.OpError) as error:  # All else that is opened is to be written.

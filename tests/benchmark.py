@@ -63,9 +63,9 @@ def run(folder):
     main.keep_freed_memory()
     args = main.parse_arguments([*sys.argv[1:], '--output-dir', folder, '--epochs', '1'])
     dataset = data.load(args.data_dir, args.dataset)
-    network, model = main.build(args, dataset)
+    model = main.build(args, dataset)
     batches = data.batches(dataset.train_images, args.batch_size, 0, 1)
-    with tf.Session(config=main.THREADS) as session:
+    with tf.Session(config=main.SESSION_CONFIG) as session:
         session.run(tf.global_variables_initializer())
 
         def step():
@@ -79,7 +79,7 @@ def run(folder):
             epoch=1, training_negative_elbo=1., training_divergence=1.,
             validation_negative_elbo=1., validation_divergence=1.)]}
         with contextlib.redirect_stdout(io.StringIO()):
-            report = seconds(main.report, args, dataset, network, model, session, metrics)
+            report = seconds(main.report, args, dataset, model, session, metrics)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         operations = step_operations(session, model, {
             'images:0': data.to_float(next(batches)), 'learning_rate:0': 0.})

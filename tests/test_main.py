@@ -8,7 +8,6 @@ import concurrent.futures
 import json
 import os
 import pathlib
-import platform
 import random
 import re
 import shlex
@@ -20,7 +19,6 @@ import sys
 import tempfile
 import time
 
-import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
@@ -67,9 +65,12 @@ class Run:
             [sys.executable, *script, *map(str, arguments)], cwd=str(folder), env=environment,
             stdout=self.files[0], stderr=self.files[1])
 
+    def printed(self, file=0):
+        return os.pread(self.files[file].fileno(), 10 ** 7, 0).decode()
+
     def finish(self):
         self.code = self.process.wait(600)
-        self.out, self.err = (os.pread(f.fileno(), 10 ** 7, 0).decode() for f in self.files)
+        self.out, self.err = self.printed(0), self.printed(1)
         return self
 
     def wait_for(self, condition):
@@ -222,32 +223,24 @@ def assert_one_line(result, *parts):
 def test_prints_its_metrics_and_nothing_else(runs, data_dir):
     for run in runs:
         content = metrics(run.folder)
+        history, settings, test = content['history'], content['settings'], content['test']
         lines = ['Data: IDX files in %s: 220 training, 20 validation and 60 test images.'
                  % data_dir]
-        for number, entry in enumerate(content['history'], 1):
-            assert entry['epoch'] == number
-            lines.append('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; '
-                         '%.1f s' % (number, content['settings']['epochs'],
-                                     entry['training_negative_elbo'],
-                                     entry['validation_negative_elbo'],
-                                     entry['validation_divergence'], entry['seconds']))
-        test = content['test']
-        lines.append('Test: -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence '
-                     '(epoch %d of %d)' % (test['negative_elbo'], test['reconstruction'],
-                                           test['divergence'], content['best_epoch'], number))
-        if 'negative_log_likelihood' in test:
-            lines.append('Test, binarised: -log p(x) %.2f nats per image (standard error %.2f) '
-                         'from 4 codes each; -ELBO %.2f' % (
-                             test['negative_log_likelihood'], test['standard_error'],
-                             test['binarised_negative_elbo']))
+        lines += ['Epoch {epoch}/{0}: -ELBO {training_negative_elbo:.2f} training, '
+                  '{validation_negative_elbo:.2f} validation; divergence '
+                  '{validation_divergence:.2f} nats; {seconds:.1f} s'
+                  .format(settings['epochs'], **entry) for entry in history]
+        lines.append('Test: -ELBO {negative_elbo:.2f} nats per image = {reconstruction:.2f} '
+                     'reconstruction + {divergence:.2f} divergence (epoch {0} of {1})'
+                     .format(content['best_epoch'], len(history), **test))
+        if run is runs[1]:
+            lines.append('Test, binarised: -log p(x) {negative_log_likelihood:.2f} nats per image '
+                         '(standard error {standard_error:.2f}) from 4 codes each; -ELBO '
+                         '{binarised_negative_elbo:.2f}'.format(**test))
         lines = list(map(re.escape, lines)) + ['Wrote .+', r'Done in \d+ s\.']
         lines.insert(1, r'Model: \d,\d{3},\d{3} parameters\.')
         assert re.fullmatch('\n'.join(lines) + '\n', run.out) and run.err == '', run.out
-        assert content['versions'] == {
-            'python': platform.python_version(), 'tensorflow': tf.VERSION,
-            'numpy': np.__version__, 'matplotlib': matplotlib.__version__}
-        assert 'IDX files' in content['dataset'] and content['settings']['batch_size'] == 32
-    assert 'negative_log_likelihood' in test  # Of the second run.
+        assert content['versions']['tensorflow'] == tf.VERSION and settings['batch_size'] == 32
     first, *_, last = metrics(runs[0].folder)['history']
     assert last['training_negative_elbo'] < first['training_negative_elbo'] - 5
 
@@ -260,7 +253,7 @@ def test_writes_what_it_says(runs, default):
     wrote = re.search('^Wrote (.*)$', runs[0].out, re.M).group(1).split(', ')
     assert {re.sub('^out/', '', path) for path in wrote} == {
         'metrics.json', *PICTURES, metrics(default)['log_dir'],
-        'new_model.ckpt.*', 'training_state*'}
+        'new_model.ckpt.*', 'checkpoint', 'training_state*'}
 
 
 def test_stops_after_the_best_epoch_and_keeps_it(worse):
@@ -272,23 +265,18 @@ def test_stops_after_the_best_epoch_and_keeps_it(worse):
 
 def test_tensorboard(default):
     for kind in 'training', 'validation':
-        values, pictures, graphs = {}, [], 0
         path, = default.glob('logs/*/%s/*' % kind)
-        for event in tf.train.summary_iterator(str(path)):
-            graphs += bool(event.graph_def)
-            for value in event.summary.value:
-                if value.HasField('simple_value'):
-                    values.setdefault(value.tag, []).append((event.step, value.simple_value))
-                else:
-                    pictures.append(value.image.encoded_image_string)
-        assert set(values) == {'negative_ELBO', 'reconstruction', 'divergence', 'learning_rate'}
-        elbos, *parts = (np.array(values[tag])[:, 1] for tag in (
-            'negative_ELBO', 'reconstruction', 'divergence'))
+        events = list(tf.train.summary_iterator(str(path)))
+        assert sum(bool(event.graph_def) for event in events) == (kind == 'training')
+        points = [(event.step, value) for event in events for value in event.summary.value]
+        values = {tag: np.array([(step, v.simple_value) for step, v in points if v.tag == tag])
+                  for tag in ('negative_ELBO', 'reconstruction', 'divergence', 'learning_rate')}
+        elbos, *parts, _ = (series[:, 1] for series in values.values())
         np.testing.assert_allclose(elbos, sum(parts), rtol=1e-5)
-        assert graphs == (kind == 'training')
     np.testing.assert_allclose(values['negative_ELBO'], [
         (STEPS * e['epoch'], e['validation_negative_elbo']) for e in history(default)], rtol=1e-6)
-    assert len(set(pictures)) == EPOCHS and pictures[0].startswith(b'\x89PNG')
+    pictures = {v.image.encoded_image_string for _, v in points if v.tag == 'samples'}
+    assert len(pictures) == EPOCHS and all(p.startswith(b'\x89PNG') for p in pictures)
 
 
 def test_flags(command, tmp_path, capfd):
@@ -383,20 +371,20 @@ def test_log_likelihood_is_that_of_an_integral(components, data_dir):
     with tf.Graph().as_default(), tf.Session() as session:
         args = main.parse_arguments(['--code-size', '1', '--mixture-components', str(components)])
         dataset = argparse.Namespace(name='', train_images=images)
-        network, model = main.build(args, dataset)
+        model = main.build(args, dataset)
         code = np.linspace(-8, 8, 1601)[:, None]
-        decoded = network.decoder(tf.constant(code, tf.float32)).logits
         session.run(tf.global_variables_initializer())
-        for _ in range(30):
+        for _ in range(15):
             session.run(model.optimize, {'images:0': images / 255, 'learning_rate:0': .002})
-        logits, log_prior = session.run([decoded, 'log_prior:0'], {'code:0': code})
-        logits, pixels = logits.reshape(-1, 784).astype(float), images.reshape(-1, 784) / 255
-        log_joint = logits @ pixels.T + (log_prior - np.logaddexp(0, logits).sum(1))[:, None]
+        probs, log_prior = session.run(['reconstruction:0', 'log_prior:0'], {'code:0': code})
+        probs, pixels = probs.reshape(-1, 784).astype(float), images.reshape(-1, 784) / 255
+        log_joint = np.log(probs) @ pixels.T + np.log1p(-probs) @ (1 - pixels).T
+        log_joint += log_prior[:, None]
         exact = -(np.logaddexp.reduce(log_joint, 0) + np.log(code[1] - code[0])).mean()
         estimates, _, negative_elbos = zip(*(
             main.log_likelihood(session, images, count) for count in (1, 10, 200)))
     assert estimates[0] > estimates[1] > estimates[2] > exact - .05
-    assert abs(estimates[2] - exact) < .2 < negative_elbos[2] - exact
+    assert abs(estimates[2] - exact) < .1 < negative_elbos[2] - exact
     assert estimates[0] == pytest.approx(negative_elbos[0])
 
 
@@ -408,7 +396,7 @@ def test_refuses_to_resume_another_run(command, finished, data_dir, tmp_path):
     for flag, value in [('--code-size', 2), ('--batch-size', 10), ('--learning-rate', .1),
                         ('--seed', 1), ('--mixture-components', 2), ('--epochs', 2),
                         ('--data-dir', data_dir.parent / 'others')]:
-        assert_one_line(command(finished, '--resume', flag, value), 'Error: %s: ' % flag)
+        assert_one_line(command(finished, '--resume', flag, value), 'Error: %s' % flag)
     assert listing(finished) == before
     (tmp_path / 'empty').mkdir()
     assert_one_line(command(tmp_path / 'empty', '--resume'), '--resume: ', 'empty/metrics.json')
@@ -428,11 +416,7 @@ def test_refuses_to_resume_what_is_damaged(command, finished):
         path.write_bytes(original)
 
     path, content = finished / 'metrics.json', metrics(finished)
-    first, *others = content['history']
-    histories = [[], {}, [first] * 3, others, [1], [{'epoch': 1}],
-                 [dict(first, training_divergence=None)]]
-    wrong = [('settings', {}), ('fingerprint', 1), ('log_dir', None),
-             *(('history', value) for value in histories)]
+    wrong = [('settings', {}), ('log_dir', None), ('history', []), ('history', [1])]
     for damaged in [None, b'', path.read_bytes()[:-50], os.urandom(1000), b'[]', b'{}', *(
             json.dumps(dict(content, **{key: value})).encode() for key, value in wrong)]:
         refused(path, damaged, path)
@@ -449,7 +433,7 @@ def test_new_run_that_fails_in_its_first_epoch_replaces_nothing(command, finishe
                     'diverged', 'epoch 1', 'lower')
     assert_one_line(command(finished, '--data-dir', finished / 'metrics.json'), '--data-dir')
     assert listing(finished) == before
-    assert_one_line(command(finished / 'metrics.json' / 'x'), '--output-dir: ', 'metrics.json/x')
+    assert_one_line(command(finished / 'metrics.json' / 'x'), '--output-dir', 'metrics.json/x')
 
 
 def test_folder_that_is_lost_in_the_run(command, tmp_path, monkeypatch):
@@ -511,11 +495,10 @@ def killed(data_dir, folder, default, worse):
     def ours():
         return history(folder) if metrics(folder)['settings']['code_size'] == 14 else []
     while kills < KILLS or code != 0:
-        others = logs(folder)
         run = Run(folder, '--data-dir', data_dir, *FLAGS, *['--resume'] * bool(ours()))
         if kills < KILLS:
             epochs = random.randrange(EPOCHS)
-            run.wait_for(lambda: logs(folder) - others and len(ours()) >= epochs)  # noqa: B023
+            run.wait_for(lambda: 'Model' in run.printed() and len(ours()) >= epochs)  # noqa: B023
             time.sleep(random.uniform(0, random.choice([.1, .5, 2])))
             kills += run.process.poll() is None
             run.signal(signal.SIGKILL)
@@ -533,7 +516,7 @@ def interrupted(data_dir, folder, default, worse):
     """Before the first epoch's end, beside what an earlier run wrote; then by each signal after an
     epoch, and resumed as it says."""
     earlier, out = shutil.copytree(worse, folder / 'earlier'), folder / 'a name'
-    run = Run(earlier, '--data-dir', data_dir, *FLAGS)
+    run = Run(earlier, '--data-dir', data_dir, *FLAGS, '--batch-size', 1)
     run.wait_for(lambda: len(logs(earlier)) > 1).signal(signal.SIGTERM)
     assert run.code == 128 + signal.SIGTERM and run.err == '' and listing(earlier) == listing(worse)
     assert run.out.endswith('\nInterrupted before the end of the first epoch: nothing is saved.\n')
@@ -546,7 +529,8 @@ def interrupted(data_dir, folder, default, worse):
         assert saved.startswith('Interrupted. The best model so far is in a name/new_model.ckpt')
         assert step(out) == STEPS * metrics(out)['best_epoch']
         assert (out / 'new_images.png').exists() and len(history(out)) >= epochs
-        arguments = shlex.split(re.fullmatch('Go on with: python main.py (.*)', go_on).group(1))
+        python, script, *arguments = shlex.split(go_on.replace('Go on with: ', ''))
+        assert [python, script] == [sys.executable, str(ROOT / 'main.py')]
         assert arguments.count('--resume') == 1
     run = Run(folder, *arguments).finish()
     assert run.code == 0 and run.err == '' and results(out) == results(default)
@@ -560,12 +544,14 @@ def interrupted_twice(data_dir, folder, default, worse):
     assert run.code == -signal.SIGINT and run.out + run.err == ''
 
     folder = shutil.copytree(default, folder / 'copy')
-    run = Run(folder, '--data-dir', data_dir, *FLAGS, '--resume', '--epochs', EPOCHS + 1)
+    run = Run(folder, '--data-dir', data_dir, *FLAGS, '--resume', '--epochs', EPOCHS + 1,
+              '--importance-samples', 10 ** 5)
     run.wait_for(lambda: len(history(folder)) > EPOCHS and 'test' in metrics(folder))
     run.signal(signal.SIGINT, signal.SIGTERM)
     assert run.code in (-signal.SIGINT, -signal.SIGTERM) and run.err == ''
-    assert '\nEpoch 4/4: ' in run.out and '\nTest: ' in run.out and len(logs(folder)) == 2
-    assert history(folder)[:-1] == history(default) and len({p.parent for p in logs(folder)}) == 1
+    assert '\nEpoch 4/4: ' in run.out and '\nTest: ' in run.out
+    assert history(folder)[:-1] == history(default)
+    assert [len(list(path.iterdir())) for path in folder.glob('logs/*/validation')] == [2]
     assert tensors(folder) and (folder / 'training_state-4.index').exists()
 
 
