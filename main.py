@@ -570,6 +570,9 @@ def main():
         return run(args)
     except KeyboardInterrupt:  # Before training: a download may leave files to clear away.
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # Nobody reads any more what it prints.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (RunError, data.DataError) as error:
         message = str(error)
     except (OSError, tf.errors.OpError) as error:  # All else that is opened is to be written.

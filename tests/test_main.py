@@ -361,6 +361,20 @@ def test_pictures(default, worse):
         assert matplotlib.image.imread(str(path))[..., :3].std() > .02, path
 
 
+def test_linear_discriminants():
+    """Spread that is not divided out, components of a wrong matrix; a set of one class."""
+    rng, labels = np.random.RandomState(0), np.arange(3000) % 2 + 3
+    points = rng.randn(3000, 4) @ rng.randn(4, 4) + np.outer(labels, [1, 0, 2, 0])
+    projections, right = main.linear_discriminants(points, labels)
+    parts = points[labels == 3], points[labels == 4]
+    closed = np.linalg.solve(sum(np.cov(part.T) for part in parts),
+                             parts[1].mean(0) - parts[0].mean(0))  # Fisher's, of two classes.
+    assert abs(np.corrcoef(projections[:, 0], points @ closed)[0, 1]) > .999
+    middle = (parts[0].mean(0) + parts[1].mean(0)) / 2
+    assert abs(right - np.mean(((points - middle) @ closed > 0) == (labels == 4))) < .01
+    assert main.linear_discriminants(points[:, :1], 0 * labels)[0].shape == (3000, 2)
+
+
 # ---------------------------------------------------------------------------------------- log p(x)
 
 
@@ -450,6 +464,13 @@ def test_folder_that_is_lost_in_the_run(command, tmp_path, monkeypatch):
     assert folder.read_text() == 'in its place' and len(history(moved)) == 1
     assert step(moved) == STEPS
     assert re.search('\nEpoch 1/3\n.*7/7.*\nEpoch 1/3: -ELBO .*\nEpoch 2/3\n', out, re.S), out
+
+
+def test_file_that_cannot_be_replaced(tmp_path):
+    (tmp_path / 'name').mkdir()
+    with pytest.raises(IsADirectoryError):
+        main.replace(argparse.Namespace(output_dir=str(tmp_path)), 'name', b'content')
+    assert [path.name for path in tmp_path.iterdir()] == ['name']
 
 
 def test_full_disk(command, finished, data_dir, tmp_path):
