@@ -473,6 +473,7 @@ def test_file_that_cannot_be_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['name']
 
 
+@pytest.mark.skipif(not shutil.which('mount'), reason='cannot mount a disk')
 def test_full_disk(command, finished, data_dir, tmp_path):
     """With room for the first training state alone, and then for more; and, beside what an earlier
     run wrote, for not even that."""
