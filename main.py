@@ -224,8 +224,8 @@ def learning_rate(step, steps, peak):
 
 
 def train_epoch(args, dataset, model, session, epoch, log, validation_log):
-    """Trains one epoch, evaluates it on the validation images, and returns what the history is to
-    say of it."""
+    """Trains one epoch, evaluates it on the validation images, and returns its entry in the
+    history."""
     start, totals = time.time(), np.zeros(2)
     batches = math.ceil(len(dataset.train_images) / args.batch_size)
     terminal = sys.stdout.isatty()
@@ -245,7 +245,7 @@ def train_epoch(args, dataset, model, session, epoch, log, validation_log):
         bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence)])
         if step % LOG_STEPS == 0:
             log.add_summary(summary(-elbo, divergence, rate), step + 1)
-    training_elbo, training_divergence = totals / len(dataset.train_images)
+    training_loss, training_divergence = totals / len(dataset.train_images)
     negative_elbo, divergence, _ = evaluate(session, model, dataset.validation_images)
     if not math.isfinite(negative_elbo):
         raise RunError('--learning-rate: training diverged in epoch %d (the ELBO is %s); try a '
@@ -255,8 +255,8 @@ def train_epoch(args, dataset, model, session, epoch, log, validation_log):
     validation_log.flush()
     seconds = time.time() - start
     print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
-          % (epoch, args.epochs, training_elbo, negative_elbo, divergence, seconds))
-    return {'epoch': epoch, 'seconds': seconds, 'training_negative_elbo': training_elbo,
+          % (epoch, args.epochs, training_loss, negative_elbo, divergence, seconds))
+    return {'epoch': epoch, 'seconds': seconds, 'training_negative_elbo': training_loss,
             'training_divergence': training_divergence, 'validation_negative_elbo': negative_elbo,
             'validation_divergence': divergence}
 
