@@ -245,8 +245,8 @@ def _synthetic(folder):
 
 
 def _keep(folder, make):
-    """Has `make` write files into a hidden folder within `folder`, and then moves them there: all
-    or none, and none if a set has come in the meantime. Returns the paths of the four IDX files."""
+    """Has `make` write files into a hidden folder within `folder`, and moves them there once all
+    are whole; none if a set has come in the meantime. Returns the paths of the four IDX files."""
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:

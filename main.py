@@ -309,7 +309,7 @@ def log_likelihood(session, images, count):
                                             'code:0': mu + sigma * noise})
     log_sum, total = np.full(len(images), -np.inf), np.zeros(len(images))  # In float64.
     bar = tf.keras.utils.Progbar(count, verbose=int(sys.stdout.isatty()))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # A fed code is not in a half.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # A fed code is decoded in one piece.
         for i in range(count):
             end_if_interrupted()
             noise = [rng.standard_normal(mu.shape) for mu, _ in posteriors]
