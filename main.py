@@ -144,8 +144,10 @@ def run(args):
             log.add_graph(session.graph)
         else:
             restore(args, state_saver, session, '%s-%d' % (STATE, len(history)))
-            if best_epoch(history) == len(history):  # Perhaps the run was killed before this.
+            # Perhaps the run was killed before these.
+            if best_epoch(history) == len(history):
                 save_model(args, saver, session, meta_graph)
+            draw_training_curves(args, dataset, history)
         try:
             while len(history) < args.epochs and len(history) - best_epoch(history) < args.patience:
                 metrics.pop('test', None)
@@ -333,7 +335,6 @@ def report(args, dataset, model, session, metrics):
         reconstruction=negative_elbo - divergence)
     save_metrics(args, metrics)
     draw_samples(args, dataset, session.run(model.samples))
-    draw_training_curves(args, dataset, history)
     draw_reconstructions(args, dataset, session)
     draw_latent_space(args, dataset, session, codes)
     end_if_interrupted()

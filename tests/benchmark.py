@@ -98,7 +98,7 @@ def run(folder):
             ('rate / matmul', '%.0f %%' % (100 * operations / median / peak)),
             ('start to first step', '%.1f s' % start_up),
             ('evaluation of %d images' % len(dataset.test_images), '%.1f s' % evaluation),
-            ('drawing all figures', '%.1f s' % (report - evaluation)),
+            ('drawing the last figures', '%.1f s' % (report - evaluation)),
             ('peak memory', '%.0f MB' % memory)]:
         print('%-28s %s' % (name, value))
 
