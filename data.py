@@ -1,19 +1,23 @@
-"""Images in: finds, downloads, verifies, reads, splits and batches 28x28 digits.
+"""Images in: finds, downloads, verifies, reads, splits and batches them.
 
-`load` gives MNIST, any other set in MNIST's format, or, where there is neither such a set nor a
-network, synthetic digits that it draws itself. All images are uint8 arrays `[n, 28, 28]`, 0 for
-paper and 255 for ink; all labels are uint8 arrays `[n]`.
+`load` gives a person's own images, MNIST, or, where there are neither such images nor a network,
+synthetic digits that it draws itself. All images are uint8 arrays `[n, height, width]`, 0 for paper
+and 255 for ink; all labels are integers, `[n]`.
 """
 
+import glob
 import gzip
 import hashlib
+import http.client
 import os
-import socket
+import re
+import shutil
 import stat
 import struct
 import sys
-import tempfile
 import typing
+import urllib.request
+import zipfile
 import zlib
 
 import numpy as np
@@ -31,83 +35,87 @@ MIRRORS = ['https://ossci-datasets.s3.amazonaws.com/mnist/',
 TIMEOUT = 10  # Seconds that a mirror may take to connect or to send the next bytes.
 MNIST_FINGERPRINT = '25c98f992c005963'  # Of the content of those four files.
 
-# A header may claim this many bytes for each byte on disk, or SMALL bytes in any case. MNIST needs
-# 5 and its black-and-white version 21, where a gzip bomb has 1000.
-MAX_RATIO, SMALL = 25, 2 ** 26
+# As they are called, by EMNIST, 7-Zip and Kaggle too, and as Keras names them in an .npz file.
+IDX_NAME = re.compile(r'(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?')
+KEYS = {'train-images': 'x_train', 'train-labels': 'y_train',
+        'test-images': 'x_test', 'test-labels': 'y_test'}
+MAX_SIZE = 2 ** 32  # Bytes of images that a header may claim.
+IDX_TYPES = {8: 'uint8', 9: 'int8', 11: 'int16', 12: 'int32', 13: 'float32', 14: 'float64'}
+BEGINNINGS = {b'<': 'a web page', b'PK': 'a zip archive', b'\x1f\x8b': 'gzipped twice',
+              b'\x89PNG': 'a picture', b'\xff\xd8': 'a picture', b'\x93NUMPY': 'a NumPy array'}
 
-SYNTHETIC_FOLDER = 'synthetic_digits'  # Within the data folder.
+MNIST_FOLDER, SYNTHETIC_FOLDER = 'MNIST', 'synthetic_digits'  # Made within the data folder.
 SYNTHETIC_COUNTS = 60000, 10000  # Training (with validation) and test images.
 
 
-class DataError(Exception):
-    """Data that cannot be used: one line with the file, what is wrong and what to do."""
-
-
-class DownloadError(DataError):
-    """No mirror gave MNIST."""
+class RunError(Exception):
+    """What ends a run: one line for the user that says what is wrong and what to do."""
 
 
 class Dataset(typing.NamedTuple):
-    """Images and labels, split into training, validation and test sets."""
+    """Images, split into training, validation and test sets."""
     name: str  # 'MNIST' only if the files' content is MNIST's.
     train_images: np.ndarray
-    train_labels: np.ndarray
     validation_images: np.ndarray
-    validation_labels: np.ndarray
     test_images: np.ndarray
-    test_labels: np.ndarray
+    test_labels: np.ndarray  # All 0 if there are none.
     fingerprint: str  # 16 hexadecimal digits that identify the content.
-    warning: typing.Optional[str] = None  # What to tell the user again at the end of the run.
 
 
 def load(data_dir, dataset='auto'):
     """Loads the images to train, validate and test on, and prints which they are.
 
     Args:
-        data_dir: Folder of the four IDX files, gzipped or not. MNIST is downloaded into it if it
-            has none of them; synthetic digits are kept in a folder of their own within it.
-        dataset: 'mnist' for the IDX files, whatever set they hold; 'auto' for the same, or else
-            synthetic digits if there are none and none can be downloaded; or 'synthetic'.
+        data_dir: Folder of a set of images, or one of several sets in a folder. If there is no such
+            folder, or nothing in it, MNIST is downloaded into it; synthetic digits are kept in a
+            folder of their own within it.
+        dataset: 'mnist' for the set in the folder, whatever it is; 'auto' for the same, or else
+            synthetic digits if there is none and none can be downloaded; or 'synthetic'.
 
     Returns:
         A `Dataset`. Validation is the first twelfth of the training images: 5,000 of 60,000.
 
     Raises:
-        DataError: the files are damaged, do not belong together, or are not to be had.
+        RunError: the files are damaged, not understood, do not belong together, or are not to be
+            had.
     """
-    paths, warning = [], None
+    files, name = {}, 'synthetic digits'
     if dataset != 'synthetic':
-        try:
-            paths = _find(data_dir) or _download(data_dir)
-        except DownloadError:
-            if dataset == 'mnist':
-                raise
-            warning = 'Warning: this run uses synthetic digits, as MNIST cannot be downloaded.'
-            print(warning, file=sys.stderr)
-    name = 'IDX files in %s' % data_dir if paths else 'synthetic digits'
-    paths = paths or _synthetic(os.path.join(data_dir, SYNTHETIC_FOLDER))
+        files = _find(data_dir)
+        if not files:
+            try:
+                contents = _download(data_dir)
+            except RunError:
+                if dataset == 'mnist':
+                    raise
+                print('Warning: this run uses synthetic digits, as MNIST cannot be downloaded.',
+                      file=sys.stderr)
+            else:
+                _keep(os.path.join(data_dir, MNIST_FOLDER), contents)
+                files = _find(data_dir)
+    if files:
+        name = os.path.basename(os.path.abspath(data_dir)).encode('utf-8', 'replace').decode()
+        name = 'images in ' + (name if len(name) < 25 else name[:22] + '...')
+    else:
+        folder = os.path.join(data_dir, SYNTHETIC_FOLDER)
+        if not os.path.isdir(folder) or not os.listdir(folder):
+            _keep(folder, _synthetic_files())
+        files = _find(folder)
 
-    arrays = [read_idx(path, shape) for path, shape in zip(paths, [(28, 28), ()] * 2)]
-    images, labels, test_images, test_labels = arrays
-    for some, others, path in [(images, labels, paths[1]), (test_images, test_labels, paths[3])]:
-        if len(some) != len(others):
-            raise DataError('%s: holds %d labels for %d images; use files of one set'
-                            % (path, len(others), len(some)))
-    if len(images) < 2:
-        raise DataError('%s: holds 1 image; at least 2 are needed, to train and to validate'
-                        % paths[0])
+    arrays = _read(files)
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(repr(array.shape).encode())
-        digest.update(array)
+        digest.update(np.ascontiguousarray(array))
     fingerprint = digest.hexdigest()[:16]
     if fingerprint == MNIST_FINGERPRINT:
         name = 'MNIST'
+    images, _, test_images, test_labels = arrays
     held_out = max(1, len(images) * 5000 // 60000)
-    print('Data: %s: %d training, %d validation and %d test images.'
-          % (name, len(images) - held_out, held_out, len(test_images)))
-    return Dataset(name, images[held_out:], labels[held_out:], images[:held_out],
-                   labels[:held_out], test_images, test_labels, fingerprint, warning)
+    print('Data: %s: %d training, %d validation and %d test images of %d x %d.' % (
+        name, len(images) - held_out, held_out, len(test_images), *images.shape[1:]), flush=True)
+    return Dataset(name, images[held_out:], images[:held_out], test_images, test_labels,
+                   fingerprint)
 
 
 def batches(images, batch_size, seed, epoch):
@@ -118,6 +126,15 @@ def batches(images, batch_size, seed, epoch):
         yield images[order[start:start + batch_size]]
 
 
+def binarise(images, *seed):
+    """Black or white, 0 or 255, at random: white with the pixel's grey value, from 0 to 1, as
+    probability (to within .002, as a byte of noise decides). A pure function of `images` and of the
+    integers `seed`; what is black or white stays so."""
+    noise = np.frombuffer(np.random.RandomState(seed).bytes(images.size), np.uint8)
+    noise = noise.reshape(images.shape)
+    return np.uint8(255) * ((noise < images) | (noise == images) & (images > 127))
+
+
 def to_float(images):
     """Bytes as float32 from 0 to 1, as the network takes them."""
     return images / np.float32(255)
@@ -126,138 +143,227 @@ def to_float(images):
 # ---------------------------------------------------------------------------------------- Found
 
 
-def _find(folder):
-    """Paths of the four IDX files in `folder`, or `[]` if there are none."""
+def _find(data_dir):
+    """The one set in a data folder, or else the nearest below it: paths of IDX files by the keys of
+    `KEYS`, or that of an .npz file by 'npz'. Empty if there is no such folder, or nothing in it."""
+    if data_dir.endswith('.npz') and not os.path.isdir(data_dir):
+        return {'npz': data_dir}
+    folder, depths, sets = data_dir, range(1, 5), {}
+    if not os.path.isdir(data_dir):  # Perhaps it is how files in a folder start: one of its sets.
+        folder, depths = os.path.dirname(os.path.normpath(data_dir)), [1]
+    for depth in depths:
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), *['*'] * depth))):
+            where, name = os.path.split(path)
+            match = IDX_NAME.fullmatch(name)
+            if os.path.isdir(path) or depth > 1 and os.path.basename(where) == SYNTHETIC_FOLDER:
+                continue
+            if match:
+                prefix, part, kind = match.groups('')
+                files = sets.setdefault(os.path.normpath(os.path.join(where, prefix)), {})
+                # Of a file packed and unpacked the latter, which comes first.
+                files.setdefault('%s-%s' % (part.replace('t10k', 'test'), kind), path)
+            elif name.endswith('.npz') and _may_hold_images(path):
+                sets[os.path.normpath(path)] = {'npz': path}
+        if sets:
+            break
+    names = {name: min(files.values()) if name == os.path.normpath(folder) else name
+             for name, files in sets.items()}
+    chosen = [name for name, files in sets.items() if folder == data_dir or any(
+        path.startswith(os.path.normpath(data_dir)) for path in files.values())]
+    if len(chosen) > 1:
+        raise RunError('%s: holds several sets of images (%s); choose one, as by --data-dir %s'
+                       % (data_dir, ', '.join(names[name] for name in chosen), names[chosen[0]]))
+    if chosen:
+        return sets[chosen[0]]
     try:
-        present = set(os.listdir(folder))
+        present = [name for name in sorted(os.listdir(data_dir))
+                   if not name.startswith('.') and name != SYNTHETIC_FOLDER]
     except FileNotFoundError:
-        present = set()
+        if folder and sets:
+            raise RunError('%s: is not there; beside it are the sets %s: choose one of these, or '
+                           'another folder' % (data_dir, ', '.join(names.values()))) from None
+        return {}
     except OSError as error:
-        raise DataError('%s: cannot be read as a folder (%s); choose another with --data-dir'
-                        % (folder, error.strerror)) from error
-    names = [name if name in present else name + '.gz' for name in FILES]
-    missing = [name for name in names if name not in present]
-    if len(missing) == len(names):
-        return []
-    if missing:
-        raise DataError('%s: is missing while others of the four files are there; add it, or move '
-                        'them away to have all of them made anew'
-                        % os.path.join(folder, missing[0]))
-    return [os.path.join(folder, name) for name in names]
+        raise RunError('%s: cannot be read as a folder (%s); choose another with --data-dir'
+                       % (data_dir, error.strerror)) from error
+    if present:
+        raise RunError(
+            "%s: holds no images that are understood, only %s; put the four files of a set in "
+            "MNIST's format there, such as train-images-idx3-ubyte.gz, or an .npz file of uint8 "
+            "arrays x_train and x_test, or choose another folder with --data-dir"
+            % (data_dir, ', '.join(present[:5]) + ', ...' * (len(present) > 5)))
+    return {}
 
 
-def read_idx(path, item_shape):
-    """Reads one IDX file, gzipped if its name ends in '.gz', of images (`item_shape` is `(28, 28)`)
-    or of labels (`()`). Returns a read-only uint8 array `[n, *item_shape]`.
-
-    Raises:
-        DataError: the file cannot be read, or is not a whole file of such items.
-    """
+def _may_hold_images(path):
+    """Whether an .npz file has images or is damaged, as `_read_npz` then says."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        with zipfile.ZipFile(path) as file:
+            return 'x_train.npy' in file.namelist()
+    except Exception:  # Whatever may be in a file.
+        return True
+
+
+def _read(files):
+    """Reads and checks what `_find` found: training images and labels, test images and labels."""
+    if 'npz' in files:
+        arrays = _read_npz(files['npz'])
+        files = {role: '%s (%s)' % (files['npz'], key) for role, key in KEYS.items()}
+    else:
+        for role in KEYS:
+            if role not in files:
+                raise RunError('%s: is without %s, as the other three files of a set; add that file'
+                               % (sorted(files.values())[0], role))
+        arrays = [_read_idx(files[role], 3 if 'images' in role else 1) for role in KEYS]
+    images, labels, test_images, test_labels = arrays
+    shape = images.shape[1:]
+    for some, others, role in (images, labels, 'train-'), (test_images, test_labels, 'test-'):
+        if len(some) != len(others):
+            raise RunError('%s: holds %d labels for %d images; use files of one set'
+                           % (files[role + 'labels'], len(others), len(some)))
+        if some.shape[1:] != shape:
+            raise RunError('%s: holds images of %d x %d, but the training images are of %d x %d; '
+                           'use files of one set' % (files['test-images'], *some.shape[1:], *shape))
+    if len(images) < 2:
+        raise RunError('%s: holds 1 image; at least 2 are needed, to train and to validate'
+                       % files['train-images'])
+    if shape[0] % 4 or shape[1] % 4:
+        margins = [(margin // 2, margin - margin // 2) for margin in (-size % 4 for size in shape)]
+        raise RunError("%s: holds images of %d x %d, but height and width must be multiples of 4; "
+                       "np.pad(x, [(0, 0), %s, %s], 'constant') makes them so"
+                       % (files['train-images'], *shape, *margins))
+    return arrays
+
+
+def _read_idx(path, dimensions):
+    """Reads one IDX file, gzipped or not, of images (3 dimensions) or of labels (1). Returns a
+    read-only uint8 array of so many dimensions."""
+    kind = 'images' if dimensions == 3 else 'labels'
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError('is not a file')
-        with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as file:
-            return _parse_idx(file, item_shape, max(SMALL, MAX_RATIO * status.st_size))
+        with open(path, 'rb') as file:
+            zipped = file.read(2) == b'\x1f\x8b'
+        with (gzip.open if zipped else open)(path, 'rb') as file:
+            header = file.read(4 + 4 * dimensions)
+            if header[:4] != bytes([0, 0, 8, dimensions]):
+                raise ValueError('is %s, not the IDX file of uint8 in %d dimensions that holds %s'
+                                 % (_kind_of_file(header), dimensions, kind))
+            if len(header) < 4 + 4 * dimensions:
+                raise ValueError('is truncated within its header')
+            shape = struct.unpack('>%dI' % dimensions, header[4:])
+            size = shape[0] * (shape[1] * shape[2] if dimensions == 3 else 1)
+            if not 0 < size <= MAX_SIZE:
+                raise ValueError('claims to hold %s %s' % (' x '.join(map(str, shape)), kind))
+            content = file.read(size)
+            if len(content) < size:
+                raise ValueError('is truncated: it claims %d bytes of %s and holds %d'
+                                 % (size, kind, len(content)))
+            if file.read(1):  # At the end, this also has gzip verify its checksum.
+                raise ValueError('has bytes after its last %s' % kind[:-1])
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError('%s: %s; replace it with a whole copy, or move the four files away to '
-                        'have them made anew' % (path, getattr(error, 'strerror', None) or error)
-                        ) from error
+        raise RunError('%s: %s; replace it with a whole copy, or choose another folder with '
+                       '--data-dir' % (path, getattr(error, 'strerror', None) or error)) from error
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _parse_idx(file, item_shape, max_size):
-    kind, wanted = ('images', 2051) if item_shape else ('labels', 2049)
-    header = file.read(8 + 4 * len(item_shape))
-    if len(header) < 8 + 4 * len(item_shape):
-        raise ValueError('is truncated within its header')
-    magic, count, *shape = struct.unpack('>%dI' % (len(header) // 4), header)
-    if magic != wanted:
-        raise ValueError('has magic number %d, not the %d of %s' % (magic, wanted, kind))
-    if tuple(shape) != item_shape:
-        raise ValueError('holds images of %d x %d, not 28 x 28' % tuple(shape))
-    if count == 0:
-        raise ValueError('holds no %s' % kind)
-    size = count * int(np.prod(item_shape))
-    if size > max_size:
-        raise ValueError('claims %d %s, too many for its size' % (count, kind))
-    content = file.read(size)
-    if len(content) < size:
-        raise ValueError('is truncated: it claims %d bytes of %s and holds %d'
-                         % (size, kind, len(content)))
-    if file.read(1):  # At the end, this also has gzip verify its checksum.
-        raise ValueError('has bytes after its last %s' % kind[:-1])
-    return np.frombuffer(content, np.uint8).reshape((count,) + item_shape)
+def _kind_of_file(start):
+    """What a file is that starts with these bytes, for who wonders why it is not understood."""
+    if start[:2] == b'\0\0' and len(start) > 3 and start[2] in IDX_TYPES:
+        return 'an IDX file of %s in %d dimensions' % (IDX_TYPES[start[2]], start[3])
+    kinds = [BEGINNINGS[some] for some in BEGINNINGS if start.lstrip().startswith(some)]
+    return kinds[0] if kinds else 'one that starts with %r' % start if start else 'empty'
+
+
+def _read_npz(path):
+    """Reads images and labels of Keras's names from an .npz file; labels are 0 if it has none."""
+    arrays = []
+    try:
+        # The first says best what is no such file, the second never unpickles.
+        with zipfile.ZipFile(path), np.load(path) as file:
+            for key in KEYS.values():
+                if key[0] == 'y' and key not in file.files:
+                    arrays.append(np.zeros(len(arrays[-1]), np.uint8))
+                    continue
+                array = file[key]
+                what = '%s is %s of %s' % (key, list(array.shape), array.dtype)
+                if key[0] == 'y':
+                    if array.ndim != 1 or array.dtype.kind not in 'iu':
+                        raise ValueError(what)
+                    small = array.size and array.min() >= 0 and array.max() < 256
+                    arrays.append(np.uint8(array) if small else array)  # As in an IDX file.
+                    continue
+                if array.ndim not in (3, 4) or array.size == 0 or array.dtype.kind not in 'biuf':
+                    raise ValueError(what)
+                low, high = array.min(), array.max()
+                if not 0 <= low < high:
+                    raise ValueError('%s from %g to %g, not from 0 to 255' % (what, low, high))
+                if array.ndim == 4 or array.dtype != np.uint8 or high <= 1:
+                    scale = '255 * ' if high <= 1 else '' if high <= 255 else '255 / %g * ' % high
+                    grey = '' if array.ndim == 3 else (
+                        '[..., :3].mean(-1)' if array.shape[3] < 5 else '.mean(1)')
+                    raise ValueError('%s from %g to %g; make it np.uint8(%s%s%s)' % (
+                        what, low, high, scale, key, grey))
+                arrays.append(array)
+    except Exception as error:  # Whatever may be in a file.
+        raise RunError('%s: %s; expected are images x_train and x_test, [n, height, width] of '
+                       'uint8, and labels y_train and y_test, [n] of integers, or no labels'
+                       % (path, getattr(error, 'strerror', None) or ' '.join(str(error).split()))
+                       ) from error
+    return arrays
 
 
 # --------------------------------------------------------------------------------- Fetched, made
 
 
 def _download(data_dir):
-    """Downloads MNIST into `data_dir` and returns the paths of its four files.
+    """Downloads MNIST: the content of each file, verified, by its name."""
+    contents, failures = {}, []
+    for mirror in MIRRORS:
+        try:
+            for name, sha256 in FILES.items():
+                if name + '.gz' not in contents:
+                    with urllib.request.urlopen(mirror + name + '.gz', timeout=TIMEOUT) as response:
+                        content = response.read()
+                    if hashlib.sha256(content).hexdigest() != sha256:
+                        raise ValueError('sends something other than %s' % name)
+                    contents[name + '.gz'] = content
+            return contents
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # What a mirror sends may stand in the error: at most a short line of it.
+            failures.append('%s: %s' % (mirror, ' '.join(str(error).split())[-100:]))
+    raise RunError('%s: MNIST is not there and cannot be downloaded (%s); put its four files there '
+                   'or use --dataset synthetic' % (data_dir, ', '.join(failures)))
 
-    Nothing gets its name before all four are verified. A mirror that fails is not asked again.
-    """
-    from tensorflow.keras.utils import get_file  # Here, as only this needs TensorFlow.
-    mirrors, failures = list(MIRRORS), []
 
-    def fetch(folder):
-        for name, sha256 in FILES.items():
-            while True:
-                if not mirrors:
-                    raise DownloadError(
-                        '%s: MNIST is not there and cannot be downloaded (%s); put its four files '
-                        'there or use --dataset synthetic' % (data_dir, ', '.join(failures)))
-                try:
-                    # Absolute, as `get_file` takes a leading '~' for the home folder.
-                    path = get_file(name + '.gz', mirrors[0] + name + '.gz', cache_subdir='',
-                                    cache_dir=os.path.abspath(folder))
-                    with open(path, 'rb') as file:
-                        if hashlib.sha256(file.read()).hexdigest() == sha256:
-                            break
-                    os.remove(path)
-                    raise ValueError('sends something other than %s' % name)
-                except Exception as error:  # `get_file` raises nothing more particular.
-                    # What a mirror sends may stand in the error: at most a short line of it.
-                    reason = ' '.join(str(error).split())[-100:].split(': ')[-1]
-                    failures.append('%s: %s' % (mirrors.pop(0), reason))
-
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+def _keep(folder, contents):
+    """Writes files into a hidden folder beside, and renames it: all are there, or none. What is
+    left where a run is killed meanwhile, the next one takes up."""
+    unfinished = os.path.join(os.path.dirname(folder), '.unfinished-' + os.path.basename(folder))
     try:
-        return _keep(data_dir, fetch)
-    finally:
-        socket.setdefaulttimeout(previous)
-
-
-def _synthetic(folder):
-    """Paths of the four files of synthetic digits in `folder`, drawn if they are not there."""
-    train, test = SYNTHETIC_COUNTS
-
-    def draw(unfinished):
-        print('Drawing %d synthetic digits; this takes about ten seconds.' % (train + test))
-        images, labels = synthesize(train + test, seed=0)
-        for name, array in zip(FILES, [images[:train], labels[:train],
-                                       images[train:], labels[train:]]):
-            with open(os.path.join(unfinished, name), 'wb') as file:
-                file.write(struct.pack('>%dI' % (1 + array.ndim), 2048 + array.ndim, *array.shape))
-                file.write(array)
-    return _find(folder) or _keep(folder, draw)
-
-
-def _keep(folder, make):
-    """Has `make` write files into a hidden folder within `folder`, and moves them there once all
-    are whole; none if a set has come in the meantime. Returns the paths of the four IDX files."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=folder) as unfinished:
-            make(unfinished)
-            if not _find(folder):
-                for name in sorted(os.listdir(unfinished)):
-                    os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
-        return _find(folder)
+        os.makedirs(unfinished, exist_ok=True)
+        for name, content in contents.items():
+            # Not emptied first: another run, which writes the same, may rename it at any moment.
+            file = os.open(os.path.join(unfinished, name), os.O_WRONLY | os.O_CREAT, 0o666)
+            with open(file, 'wb') as file:
+                file.write(content)
+                file.truncate()
+        os.rename(unfinished, folder)
     except OSError as error:
-        raise DataError('%s: cannot be written (%s); choose another with --data-dir'
-                        % (folder, error.strerror)) from error
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not os.path.isdir(folder):  # Else another run was faster.
+            raise RunError('%s: cannot be written (%s); choose another with --data-dir'
+                           % (folder, error.strerror)) from error
+
+
+def _synthetic_files():
+    """Draws the synthetic digits: the content of the four files by name."""
+    train, test = SYNTHETIC_COUNTS
+    print('Drawing %d synthetic digits; this takes about ten seconds.' % (train + test), flush=True)
+    images, labels = synthesize(train + test, seed=0)
+    arrays = images[:train], labels[:train], images[train:], labels[train:]
+    return {name: struct.pack('>%dI' % (1 + array.ndim), 2048 + array.ndim, *array.shape)
+            + array.tobytes() for name, array in zip(FILES, arrays)}
 
 
 # Each digit's ways of being written. A way is strokes, with '/' where the pen is lifted; a stroke

@@ -34,17 +34,20 @@ class Network:
     """Builds the parts of the graph. Parts of the same kind share their variables."""
     code_size: int = 14
     mixture_components: int = 1  # Gaussians in the prior; 1: the standard normal, not learned.
+    image_shape: tuple = (28, 28)  # Height and width, multiples of 4.
     lstm_units: int = 24  # Of the LSTM's output and of its cell.
     dense_units: int = 512  # Of each hidden dense layer.
-    channels: tuple = (32, 32)  # Of the decoder's feature maps of 7x7 and of 14x7.
-    logits: typing.Any = 0.  # Of the pixels at first, `[28, 28]` or one; best the mean image's.
+    channels: tuple = (32, 32)  # Of the decoder's maps of a quarter and of half the height.
+    logits: typing.Any = 0.  # Of the pixels at first, `image_shape` or one; best the mean image's.
     seed: int = 0  # Of the initial weights and of all noise.
 
     def __post_init__(self):
         tf.set_random_seed(self.seed)
 
     def encoder(self, images):
-        """The posterior q(z|x), a `Normal` over `[n, code_size]`, of float images `[n, 28, 28]`."""
+        """The posterior q(z|x), a `Normal` over `[n, code_size]`, of float images.
+
+        These are `[n, height, width]`, from 0 to 1."""
         with tf.variable_scope('encoder', reuse=tf.AUTO_REUSE):
             hidden = _activation(_dense(self._lstm(images), self.dense_units, 'dense'))
             mu = _dense(hidden, self.code_size, 'mu')
@@ -52,17 +55,21 @@ class Network:
             return tf.distributions.Normal(mu, sigma)
 
     def decoder(self, code):
-        """The likelihood p(x|z), a `Bernoulli` over `[n, 28, 28]`, of codes `[n, code_size]`."""
+        """The likelihood p(x|z), a `Bernoulli` over `[n, height, width]`, of codes.
+
+        These are `[n, code_size]`."""
         with tf.variable_scope('decoder', reuse=tf.AUTO_REUSE):
             first, second = self.channels
+            height, width = self.image_shape
             hidden = _activation(_dense(code, self.dense_units, 'dense_1'))
-            hidden = _activation(_dense(hidden, 7 * 7 * first, 'dense_2'))
-            maps = tf.reshape(hidden, [-1, 7, 7, first])
+            hidden = _activation(_dense(hidden, height * width // 16 * first, 'dense_2'))
+            maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
             maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1', [second]))
             # The last convolution's four channels are four neighbours in a row of pixels: it would
             # take twice as long with a stride of 4 over the columns and a single channel.
-            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2', [28, 7, 4], self.logits)
-            return tf.distributions.Bernoulli(logits=tf.reshape(maps, [-1, 28, 28]),
+            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2', [height, width // 4, 4],
+                                   self.logits)
+            return tf.distributions.Bernoulli(logits=tf.reshape(maps, [-1, height, width]),
                                               dtype=tf.float32)
 
     def prior(self):
@@ -83,19 +90,19 @@ class Network:
         """Builds everything that trains, evaluates and samples the model.
 
         Besides what it returns, it names the tensors `mu`, `sigma`, `code`, `reconstruction` (pixel
-        probabilities `[n, 28, 28]`), `elbo`, `divergence`, `samples`, `num_samples` (a scalar that
-        may be fed, 100 by default), `prior_mean` (`[components, code_size]`), and of `code`, `[n]`,
-        `log_prior`, log p(z), and `log_weight`, log p(x|z) p(z) / q(z|x), whose mean over codes is
-        the ELBO, too, and whose log-mean-exp over many comes near to log p(x).
+        probabilities `[n, height, width]`), `elbo`, `divergence`, `samples`, `num_samples` (a
+        scalar that may be fed, 100 by default), `prior_mean` (`[components, code_size]`), and of
+        `code`, `[n]`, `log_prior`, log p(z), and `log_weight`, log p(x|z) p(z) / q(z|x), whose mean
+        is the ELBO, too, and whose log-mean-exp over many comes near to log p(x).
 
         Args:
-            images: float32 tensor `[n, 28, 28]`, pixels from 0 to 1.
+            images: float32 tensor `[n, height, width]`, pixels from 0 to 1.
             learning_rate: number or scalar tensor.
 
         Returns:
             A namedtuple of
             optimize: operation that takes one step of Adam (D. P. Kingma and J. Ba, 2014).
-            samples: images `[num_samples, 28, 28]`, pixel probabilities of codes from the prior.
+            samples: `[num_samples, height, width]`, pixel probabilities of codes from the prior.
             elbo: scalar, the mean ELBO of the images in nats, from one code for each image.
             reg: `[n]`, the divergence KL(q(z|x) || p(z)) of each image in nats; with a learned
                 prior from that one code.
@@ -154,14 +161,14 @@ class Network:
         return mu, sigma, code, tf.reduce_sum(_log_prob(images, self.decoder(code)))
 
     def _lstm(self, images):
-        """The outputs of all 28 steps, side by side: `[n, 28 * lstm_units]`.
+        """The outputs of all steps, one for each row, side by side: `[n, height * lstm_units]`.
 
         The rows of all steps are multiplied at once, which takes half of the matrix products out of
         the recurrence.
         """
-        units = self.lstm_units
+        units, (height, width) = self.lstm_units, self.image_shape
         with tf.variable_scope('lstm'):
-            rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, 28])
+            rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
             # The forget gate's bias has the cell remember from the start (Gers et al., 2000).
             inputs = _dense(rows, 4 * units, 'input',
                             [0.] * units + [1.] * units + [0.] * 2 * units)
@@ -169,7 +176,7 @@ class Network:
                                      initializer=tf.orthogonal_initializer())
             outputs = []
             with tf.get_default_graph().gradient_override_map({'Mul': 'MulOfEqualShapes'}):
-                for gates in tf.split(inputs, 28):
+                for gates in tf.split(inputs, height):
                     if outputs:
                         gates = tf.add_n([gates, tf.matmul(outputs[-1], kernel)])
                     i, f, o, candidate = tf.split(gates, 4, 1)
@@ -178,7 +185,7 @@ class Network:
                     cell = tf.add_n([tf.sigmoid(f) * cell, tf.sigmoid(i) * tf.tanh(candidate)])
                     outputs.append(tf.sigmoid(o) * tf.tanh(cell))
             outputs = tf.concat(outputs, 1)
-            outputs.set_shape([None, 28 * units])
+            outputs.set_shape([None, height * units])
             return outputs
 
 

@@ -75,11 +75,10 @@ def run(folder):
         start_up = time.time() - START
         times = np.array([seconds(step) for _ in range(STEPS)])
         evaluation = seconds(main.evaluate, session, model, dataset.test_images)
-        metrics = {'log_dir': 'logs', 'history': [dict(
-            epoch=1, training_negative_elbo=1., training_divergence=1.,
-            validation_negative_elbo=1., validation_divergence=1.)]}
+        record = {'log_dir': 'logs', 'history': [dict(epoch=1, validation_negative_elbo=1.)],
+                  'test': {}}
         with contextlib.redirect_stdout(io.StringIO()):
-            report = seconds(main.report, args, dataset, model, session, metrics)
+            report = seconds(main.report, args, dataset, model, session, record, {}, lambda: None)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         operations = step_operations(session, model, {
             'images:0': data.to_float(next(batches)), 'learning_rate:0': 0.})

@@ -9,7 +9,8 @@ import tensorflow.compat.v1 as tf
 import model
 
 # Sizes that nothing else in the graph has.
-SIZES = dict(code_size=7, lstm_units=13, dense_units=11, channels=(6, 4))
+SHAPE = HEIGHT, WIDTH = 12, 20
+SIZES = dict(code_size=7, lstm_units=13, dense_units=11, channels=(6, 4), image_shape=SHAPE)
 
 Small = collections.namedtuple('Small', 'network result session')
 
@@ -17,7 +18,8 @@ Small = collections.namedtuple('Small', 'network result session')
 def build(learning_rate=None, **arguments):
     """A network in a graph and session of its own; by default `rate:0` is its learning rate."""
     with tf.Graph().as_default():
-        images = tf.placeholder(tf.float32, [None, 28, 28], 'images')
+        shape = arguments.get('image_shape', (28, 28))
+        images = tf.placeholder(tf.float32, [None, *shape], 'images')
         rate = tf.placeholder_with_default(.01, [], 'rate')
         network = model.Network(**arguments)
         result = network.optimization(images, rate if learning_rate is None else learning_rate)
@@ -61,7 +63,7 @@ def assign(session, values):
 
 def pictures(count, seed=0):
     """Images with black, white and grey pixels."""
-    return np.clip(np.random.RandomState(seed).normal(.3, .5, [count, 28, 28]), 0, 1)
+    return np.clip(np.random.RandomState(seed).normal(.3, .5, [count, *SHAPE]), 0, 1)
 
 
 def fetch(small, names, images=None, **feeds):
@@ -114,10 +116,13 @@ def test_default_sizes_and_initial_logits():
         np.testing.assert_allclose(session.run(probabilities)[1], sigmoid(logits), rtol=1e-5)
 
 
-def test_learning_rate_may_be_a_number_and_noise_depends_on_the_seed(small):
-    """A rate that is ignored, a batch of one image that cannot be split."""
+def test_learning_rate_may_be_a_number_and_all_noise_depends_on_the_seed(small):
+    """A rate that is ignored, samples of one seed, a batch of one image that cannot be split."""
     other = build(learning_rate=.004, seed=1, **SIZES)
     assert np.all(abs(noise(small, pictures(4)) - noise(other, pictures(4))).max(1) > .1)
+    if other.network.mixture_components == small.network.mixture_components:
+        assign(other.session, dict(zip(trainable(other.session)[0], trainable(small.session)[1])))
+        assert np.mean(abs(fetch(small, 'samples') - fetch(other, 'samples')) > .01) > .5
     before = trainable(other.session)[1]
     other.session.run(other.result.optimize, {'images:0': pictures(1)})
     # Adam's first step moves each weight by the learning rate.
@@ -130,7 +135,7 @@ def test_lstm(small):
     images, weights = pictures(3), named(small)
     with tf.variable_scope('encoder', reuse=True):
         outputs = small.session.run(small.network._lstm(tf.constant(images, tf.float32)))
-    for image, actual in zip(images, outputs.reshape(3, 28, 13)):
+    for image, actual in zip(images, outputs.reshape(3, HEIGHT, 13)):
         output = cell = np.zeros(13)
         for step, row in enumerate(image):
             gates = weights['encoder/lstm/input/kernel'] @ row + weights['encoder/lstm/input/bias']
@@ -161,9 +166,10 @@ def test_decoder(small):
 
     for code, image in zip(codes, fetch(small, 'reconstruction', code=codes)):
         hidden = leaky(dense(leaky(dense(code, 'dense_1')), 'dense_2'))
-        maps = leaky(conv_transpose(hidden.reshape(7, 7, -1), 'conv_transpose_1', 0))
+        maps = hidden.reshape(HEIGHT // 4, WIDTH // 4, -1)
+        maps = leaky(conv_transpose(maps, 'conv_transpose_1', 0))
         logits = conv_transpose(maps, 'conv_transpose_2', 1)
-        np.testing.assert_allclose(image, sigmoid(logits.reshape(28, 28)), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(image, sigmoid(logits.reshape(SHAPE)), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('small', [1], indirect=True)
@@ -322,7 +328,7 @@ def test_samples_are_decoded_from_the_prior(small):
     """Codes that are not standard normal, a decoder of their own, a fixed number of samples."""
     samples = fetch(small, 'samples', num_samples=3000)
     np.testing.assert_array_equal(samples, fetch(small, 'samples', num_samples=3000))
-    assert len(np.unique(samples[:, 14], axis=0)) == 3000
+    assert len(np.unique(samples[:, 6], axis=0)) == 3000
     decoded = fetch(small, 'reconstruction', code=np.random.RandomState(0).randn(3000, 7))
     error = decoded.std(0) * np.sqrt(2 / 3000)
     assert np.all(abs(samples.mean(0) - decoded.mean(0)) < 6 * error)
@@ -351,13 +357,35 @@ def test_training_gradient(small):
                                    err_msg=variable.name)
 
 
+def test_steps_of_adam(small):
+    """Other decays of the moments, another correction of their bias, a rate of another step."""
+    variables, values = trainable(small.session)
+    slots = {v.op.name: v for v in tf.global_variables()}
+    moments = [[slots['optimizer/%s/Adam%s' % (v.op.name, end)] for v in variables]
+               for end in ('', '_1')]
+    old_means = old_squares = [np.zeros_like(value) for value in values]
+    for step, rate in (1, .01), (2, .02), (3, .005):
+        small.session.run(small.result.optimize, {'images:0': pictures(8, step), 'rate:0': rate})
+        means, squares = small.session.run(moments)
+        corrected, moved = rate * (1 - .99 ** step) ** .5 / (1 - .9 ** step), trainable(
+            small.session)[1]
+        for value, new, *numbers in zip(values, moved, old_means, means, old_squares, squares):
+            old_mean, mean, old_square, square = np.float64(numbers)
+            gradient = (mean - .9 * old_mean) / .1
+            np.testing.assert_allclose(square, .99 * old_square + .01 * gradient ** 2, rtol=1e-3,
+                                       atol=1e-5 * square.max())
+            np.testing.assert_allclose(value - new, corrected * mean / (square ** .5 + 1e-8),
+                                       atol=.01 * rate)
+        values, old_means, old_squares = moved, means, squares
+
+
 def test_seed_of_the_weights():
     """Weights without a seed, or always of the same."""
     runs = []
     for seed in 3, 3, 4:
         with tf.Graph().as_default(), tf.Session() as session:
             network = model.Network(seed=seed, **SIZES)
-            network.decoder(network.encoder(tf.zeros([1, 28, 28])).mean())
+            network.decoder(network.encoder(tf.zeros([1, *SHAPE])).mean())
             session.run(tf.global_variables_initializer())
             variables, values = trainable(session)
             runs.append(values)
