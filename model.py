@@ -35,6 +35,7 @@ class Network:
     code_size: int = 14
     mixture_components: int = 1  # Gaussians in the prior; 1: the standard normal, not learned.
     image_shape: tuple = (28, 28)  # Height and width, multiples of 4.
+    training_codes: int = 1  # For each image; above 1, of a bound that is tighter than the ELBO.
     lstm_units: int = 24  # Of the LSTM's output and of its cell.
     dense_units: int = 512  # Of each hidden dense layer.
     channels: tuple = (32, 32)  # Of the decoder's maps of a quarter and of half the height.
@@ -93,7 +94,8 @@ class Network:
         probabilities `[n, height, width]`), `elbo`, `divergence`, `samples`, `num_samples` (a
         scalar that may be fed, 100 by default), `prior_mean` (`[components, code_size]`), and of
         `code`, `[n]`, `log_prior`, log p(z), and `log_weight`, log p(x|z) p(z) / q(z|x), whose mean
-        is the ELBO, too, and whose log-mean-exp over many comes near to log p(x).
+        is the ELBO, too, and whose log-mean-exp over many comes near to log p(x). That over several
+        codes, if these are trained on, is `bound` (Burda et al., eq. 8).
 
         Args:
             images: float32 tensor `[n, height, width]`, pixels from 0 to 1.
@@ -115,14 +117,14 @@ class Network:
         seed = self.seed + tf.cast(tf.reduce_sum(images), tf.int64) * 2 ** 32
         # The raw operation, since `tf.random.stateless_normal` is another one in each TensorFlow.
         noise = tf.raw_ops.StatelessRandomNormal(
-            shape=[count, self.code_size], seed=tf.stack([seed, step]))
+            shape=[count, self.training_codes * self.code_size], seed=tf.stack([seed, step]))
         # Half of the batch for each core takes 0.82 of the time of all of it for both (TensorFlow
         # 1.14, AMD Zen 5). A single image goes into both halves, since some convolutions of
         # TensorFlow 2 have no gradient for no images: of what comes out, the first `count` count.
         middle = tf.maximum(count // 2, 1)
         halves = [self._reconstruct(images[half], noise[half])
                   for half in (slice(middle), slice(count // 2, None))]
-        *parts, log_likelihoods = zip(*halves)
+        *parts, log_likelihoods, bounds = zip(*halves)
         mu, sigma, code = (tf.identity(tf.concat(part, 0)[:count], name)
                            for part, name in zip(parts, ['mu', 'sigma', 'code']))
         posterior, prior = tf.distributions.Normal(mu, sigma), self.prior()
@@ -135,8 +137,11 @@ class Network:
             divergence = log_ratio
         divergence = tf.identity(divergence, 'divergence')
         # Summed half by half, so that neither half waits for the other one.
-        log_likelihood = tf.add_n(log_likelihoods) / tf.cast(tf.maximum(count, 2), tf.float32)
-        elbo = tf.subtract(log_likelihood, tf.reduce_mean(divergence), 'elbo')
+        size = tf.cast(tf.maximum(count, 2), tf.float32)
+        log_likelihood = tf.add_n(log_likelihoods) / size
+        elbo = objective = tf.subtract(log_likelihood, tf.reduce_mean(divergence), 'elbo')
+        if self.training_codes > 1:
+            objective = tf.divide(tf.add_n(bounds), size, 'bound')
 
         likelihood = self.decoder(code)
         tf.identity(likelihood.mean(), 'reconstruction')
@@ -150,15 +155,23 @@ class Network:
         with tf.variable_scope('optimizer'):
             adam = tf.train.AdamOptimizer(learning_rate, beta2=.99)
             # No update before the last gradient; fewer operations, which saves 0.6 s of start.
-            optimize = adam.minimize(-elbo, step, gate_gradients=adam.GATE_GRAPH)
+            optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
         return Optimization(optimize, samples, elbo, divergence, code)
 
     def _reconstruct(self, images, noise):
-        """The posterior's parameters, a code for each image, and the sum of all log p(x|z)."""
+        """The posterior's parameters, a code for each image, and sums over images: of log p(x|z)
+        and, of several codes, of the log of the mean of p(x|z) p(z) / q(z|x) over them."""
         posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
-        code = mu + sigma * noise  # Reparameterised, so that gradients reach mu and sigma.
-        return mu, sigma, code, tf.reduce_sum(_log_prob(images, self.decoder(code)))
+        parts = tf.split(noise, self.training_codes, 1) if self.training_codes > 1 else [noise]
+        codes = [mu + sigma * part for part in parts]  # So that gradients reach mu and sigma.
+        log_likelihoods, bound = [_log_prob(images, self.decoder(code)) for code in codes], None
+        if self.training_codes > 1:
+            log_weights = [log_p + self.prior().log_prob(code)
+                           - tf.reduce_sum(posterior.log_prob(code), 1)
+                           for code, log_p in zip(codes, log_likelihoods)]
+            bound = tf.reduce_sum(tf.reduce_logsumexp(log_weights, 0) - math.log(len(codes)))
+        return mu, sigma, codes[0], tf.reduce_sum(log_likelihoods[0]), bound
 
     def _lstm(self, images):
         """The outputs of all steps, one for each row, side by side: `[n, height * lstm_units]`.
