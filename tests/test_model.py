@@ -335,8 +335,8 @@ def test_samples_are_decoded_from_the_prior(small):
     np.testing.assert_allclose(samples.std(0), decoded.std(0), rtol=.15)
 
 
-def test_training_gradient(small):
-    """A variable that the loss does not reach, a gradient stopped on one of its ways."""
+def assert_gradient(small, objective):
+    """Each variable's gradient, as Adam has it, is that of this tensor by finite differences."""
     session, images = small.session, pictures(8)
     session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
     assign(session, {tf.train.get_global_step(): 0})  # For the noise of that step.
@@ -350,11 +350,37 @@ def test_training_gradient(small):
         losses = []
         for step in .01, -.01:
             assign(session, {variable: value + step * direction})
-            losses.append(-fetch(small, 'elbo', images))
+            losses.append(-fetch(small, objective, images))
         assign(session, {variable: value})
         difference = (losses[0] - losses[1]) / .02
         np.testing.assert_allclose(difference, np.sum(gradient * direction), rtol=.03, atol=.03,
                                    err_msg=variable.name)
+
+
+def test_training_gradient(small):
+    """A variable that the loss does not reach, a gradient stopped on one of its ways."""
+    assert_gradient(small, 'elbo')
+
+
+def test_bound_of_several_codes():
+    """A mean of logarithms, weights without prior or posterior, half a batch, one code only."""
+    several = build(training_codes=3, mixture_components=3, **SIZES)
+    with several.session.graph.as_default():
+        rng = np.random.RandomState(1)
+        assign(several.session, {variable: .1 * rng.randn(*variable.shape.as_list())
+                                 for variable in tf.trainable_variables()})
+        image = pictures(1)
+        images = image.repeat(4000, 0)
+        mu, sigma = fetch(several, 'mu sigma', image)
+        code = mu + sigma * rng.randn(30000, 7)
+        log_weight = np.float64(fetch(several, 'log_weight', image.repeat(30000, 0), code=code,
+                                      mu=mu.repeat(30000, 0), sigma=sigma.repeat(30000, 0)))
+        expected = np.logaddexp.reduce(log_weight.reshape(3, -1)) - np.log(3)
+        error = expected.std() * (1 / 4000 + 1 / 10000) ** .5
+        assert abs(fetch(several, 'bound', images) - expected.mean()) < 5 * error
+        assert expected.mean() - log_weight.mean() > 10 * error  # Or the test could not fail.
+        assert abs(fetch(several, 'elbo', images) - log_weight.mean()) < 5 * log_weight.std() / 60
+        assert_gradient(several, 'bound')
 
 
 def test_steps_of_adam(small):
