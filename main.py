@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 
 if __name__ == '__main__':  # No traceback out of an import.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -149,7 +150,7 @@ def run(arguments):
     # By their names in the state.
     last = {'last/' + v.op.name: v for v in tf.global_variables()}
     best = {'best/' + v.op.name: v for v in model_variables}
-    if arrays and {key: array.shape for key, array in arrays.items()} != {
+    if args.resume and {key: array.shape for key, array in arrays.items()} != {
             key: tuple(v.shape.as_list()) for key, v in {**last, **best}.items()}:
         raise RunError('%s: is of another version of this program; leave --resume out to start anew'
                        % os.path.join(folder, STATE))
@@ -494,8 +495,9 @@ def load_state(folder, record):
     the same kind, and returns the arrays."""
     path = os.path.join(folder, STATE)
     try:
-        with np.load(path) as file:  # Which never unpickles.
-            if file.zip.testzip():
+        # The first verifies all checksums, the second never unpickles.
+        with zipfile.ZipFile(path) as whole, np.load(path) as file:
+            if whole.testzip():
                 raise ValueError('a checksum is wrong')
             arrays = dict(file)
         earlier = json.loads(str(arrays.pop('record')))
