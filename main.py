@@ -613,7 +613,7 @@ def curves_png(history, name):
             axes.plot(epochs, values, color=color, marker=marker, markersize=4, label=kind)
         axes.axvline(best, color='0.5', linestyle='--', label='best epoch (%d)' % best)
         axes.set(title=title(text, name), xlabel='epoch', ylabel='nats per image')
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=.3)
         axes.legend()
     return figure_png(figure)
