@@ -97,6 +97,9 @@ def parse_arguments(arguments=None):
     add('--training-codes', type=number(1, 1000), default=1,
         help='codes of each image in training; above 1 it raises a bound of log p(x) that is '
              'tighter than the ELBO')
+    add('--weight-decay', type=number(0., 1e12), default=0.,
+        help='factor of half the sum of the squared weights, which is taken from the objective; '
+             'makes long runs overfit less')
     add('--importance-samples', type=number(0, 10 ** 6), default=0,
         help="codes of each test image's posterior from which log p(x) is estimated at the end; "
              '0: it is not')
@@ -248,7 +251,8 @@ def build(args, dataset):
     tf.constant(dataset.name, name='dataset')  # For who wonders what a checkpoint was trained on.
     # A pixel that is never inked has a mean of 0; half a grey level keeps its logit finite.
     mean = (dataset.train_images.mean(0) + .5) / 256
-    network = Network(args.code_size, args.mixture_components, shape, args.training_codes,
+    network = Network(args.code_size, args.mixture_components, shape,
+                      training_codes=args.training_codes, weight_decay=args.weight_decay,
                       logits=np.log(mean / (1 - mean)), seed=args.seed)
     return network.optimization(images, rate)
 
@@ -510,7 +514,7 @@ def load_state(folder, record):
         raise RunError('%s: is not the whole state of a run (%s); leave --resume out to start anew'
                        % (path, error)) from error
     for flag in ('code_size', 'mixture_components', 'batch_size', 'learning_rate', 'binarise',
-                 'training_codes', 'seed'):
+                 'training_codes', 'weight_decay', 'seed'):
         if record['settings'][flag] != settings.get(flag):
             raise RunError('--%s: the run in %s had another (%s); give the same flags, or leave '
                            '--resume out to start anew'

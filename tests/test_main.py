@@ -5,6 +5,7 @@ at which moments.
 """
 
 import concurrent.futures
+import contextlib
 import importlib.util
 import json
 import os
@@ -105,13 +106,12 @@ def state(folder):
         return json.loads(str(file['record']))
 
 
-def write_state(folder, record, **changes):
-    """Changes the state. Returns its path."""
-    path = folder / 'training_state.npz'
-    with np.load(str(path)) as file:
-        arrays = dict(file, record=record, **changes)
-    np.savez(str(path), **arrays)
-    return path
+def write_state(folder, record, *changes):
+    """Changes the record and, by their names, arrays."""
+    path = str(folder / 'training_state.npz')
+    with np.load(path) as file:
+        arrays = {**file, 'record': json.dumps(record), **dict(changes)}
+    np.savez(path, **arrays)
 
 
 def history(folder):
@@ -128,10 +128,6 @@ def tensors(folder):
     assert tf.train.latest_checkpoint(str(folder)) == str(folder / 'new_model.ckpt')
     reader = tf.train.load_checkpoint(str(folder / 'new_model.ckpt'))
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-
-
-def step(folder):
-    return tensors(folder)['global_step']
 
 
 def results(folder):
@@ -225,55 +221,45 @@ def assert_one_line(result, *parts):
 # ----------------------------------------------------------------------- What it prints and writes
 
 
-def test_prints_its_metrics_and_nothing_else(runs, dataset):
-    for run in runs[:2]:
-        content = metrics(run.folder)
+def test_prints_and_writes_what_it_says(runs, dataset):
+    """A figure, a setting or a file that is missing, or that is another epoch's or set's; more
+    epochs than the patience allows, and a model of another than the best one."""
+    for run, binarised in zip(runs, ['', ', binarised']):
+        content, saved = metrics(run.folder), tensors(run.folder)
         entries, settings, test = content['history'], content['settings'], content['test']
-        name = dataset.name + ', binarised' * settings['binarise']
+        best = 1 + np.argmin([entry['validation_negative_elbo'] for entry in entries])
+        assert content['best_epoch'] == test['epoch'] == best
+        assert saved.pop('global_step') == STEPS * best
+        count = sum(array.size for array in saved.values())
         lines = ['Data: %s: 220 training, 20 validation and 60 test images of 28 x 28.'
-                 % dataset.name]
+                 % dataset.name, 'Model: %s parameters.' % format(count, ',')]
         lines += ['Epoch {epoch}/{0}: -ELBO {training_negative_elbo:.2f} training, '
                   '{validation_negative_elbo:.2f} validation; divergence '
                   '{validation_divergence:.2f} nats; {seconds:.1f} s'
                   .format(settings['epochs'], **entry) for entry in entries]
-        test_line = ('Test (%s): -ELBO {negative_elbo:.2f} nats per image = {reconstruction:.2f} '
-                     'reconstruction + {divergence:.2f} divergence (epoch {epoch} of {0})'
-                     % name).format(len(entries), **test)
-        if run is runs[1]:
-            lines += ['No better validation ELBO in 2 epochs (--patience): training ends.',
-                      test_line,
-                      'Test, binarised: -log p(x) {negative_log_likelihood:.2f} nats per image '
-                      '(standard error {standard_error:.2f}) from 4 codes each; -ELBO '
-                      '{binarised_negative_elbo:.2f}'.format(**test)]
-        else:
-            lines += [test_line]
-        lines = list(map(re.escape, lines)) + ['Wrote .+', r'Done in \d+ s\.']
-        count = sum(array.size for array in tensors(run.folder).values()) - 1  # Without the step.
-        lines.insert(1, r'Model: %s parameters\.' % format(count, ','))
-        assert re.fullmatch('\n'.join(lines) + '\n', run.out) and run.err == '', run.out
+        lines.append(('Test (%s): -ELBO {negative_elbo:.2f} nats per image = {reconstruction:.2f} '
+                      'reconstruction + {divergence:.2f} divergence (epoch {epoch} of {0})'
+                      % (dataset.name + binarised)).format(len(entries), **test))
+        if binarised:
+            assert best == len(entries) - 2
+            lines.insert(-1, 'No better validation ELBO in 2 epochs (--patience): training ends.')
+            lines.append('Test, binarised: -log p(x) {negative_log_likelihood:.2f} nats per image '
+                         '(standard error {standard_error:.2f}) from 4 codes each; -ELBO '
+                         '{binarised_negative_elbo:.2f}'.format(**test))
+        *printed, wrote, done = run.out.splitlines()
+        assert printed == lines and run.err == '' and re.fullmatch(r'Done in \d+ s\.', done)
+        files = {'checkpoint', 'training_state.npz', 'metrics.json', *PICTURES}
+        assert {path.name for path in run.folder.iterdir()} == {'logs', *MODEL, *files}
+        assert set(wrote.replace('Wrote ', '').replace('out/', '').split(', ')) == {
+            content['log_dir'], 'new_model.ckpt.*', *files}
         assert content['versions'] == {
             'tensorflow': tf.VERSION, 'numpy': np.__version__,
             'matplotlib': matplotlib.__version__, 'python': sys.version.split()[0]}
         assert {*settings, 'resume'} == set(vars(main.parse_arguments([])))
-        assert settings['batch_size'] == 32 and test['epoch'] == content['best_epoch']
+        assert settings['batch_size'] == 32
         assert test['reconstruction'] == test['negative_elbo'] - test['divergence']
-    first, *_, last = metrics(runs[0].folder)['history']
-    assert last['training_negative_elbo'] < first['training_negative_elbo'] - 5
-
-
-def test_writes_what_it_says(runs, default):
-    files = {'checkpoint', 'training_state.npz', 'metrics.json', *PICTURES}
-    assert {path.name for path in default.iterdir()} == {'logs', *MODEL, *files}
-    wrote = re.search('^Wrote (.*)$', runs[0].out, re.M).group(1).split(', ')
-    assert {re.sub('^out/', '', path) for path in wrote} == {
-        metrics(default)['log_dir'], 'new_model.ckpt.*', *files}
-
-
-def test_stops_after_the_best_epoch_and_keeps_it(worse):
-    elbos = [entry['validation_negative_elbo'] for entry in history(worse)]
-    best = 1 + elbos.index(min(elbos))
-    assert metrics(worse)['best_epoch'] == best == len(elbos) - 2  # The patience is 2.
-    assert step(worse) == STEPS * best
+        assert binarised or (entries[-1]['training_negative_elbo']
+                             < entries[0]['training_negative_elbo'] - 5)
 
 
 def points(folder, kind):
@@ -303,29 +289,30 @@ def test_tensorboard(default):
 
 
 def test_flags(command, tmp_path, capfd):
-    def ends(*flags):
-        with pytest.raises(SystemExit) as error:
-            command(tmp_path, *flags)
-        return (error.value.code, *capfd.readouterr())
+    """Values that are no numbers or out of range, abbreviations, flags that the help lacks."""
     for flag, value in [('--epochs', -1), ('--batch-size', 0), ('--code-size', 'x'),
                         ('--learning-rate', 'nan'), ('--nonsense', 1), ('--seed', .5),
                         ('--seed', 2 ** 31), ('--epoch', 1)]:
-        code, out, err = ends(flag, value)
-        assert code == 2 and out == '' and re.fullmatch('.*error: .*%s.*\n' % flag, err)
-    code, out, err = ends('--help')
-    assert code == 0 and err == '' and not list(tmp_path.iterdir())
+        with pytest.raises(SystemExit, match='2'):
+            command(tmp_path, flag, value)
+        out, err = capfd.readouterr()
+        assert out == '' and re.fullmatch('.*error: .*%s.*\n' % flag, err)
+    with pytest.raises(SystemExit, match='0'):
+        command(tmp_path, '--help')
+    out, err = capfd.readouterr()
+    assert err == '' and not list(tmp_path.iterdir())
     flags = re.findall(r'^  (--[a-z-]+)(.*?)(?=^  -|\Z)', out, re.M | re.S)
     assert {flag for flag, _ in flags} == {'--resume', *(
         '--' + name.replace('_', '-') for name in vars(main.parse_arguments([])))}
     assert all('(default: ' in ' '.join(text.split()) for _, text in flags)
 
 
-def test_each_epoch_has_its_own_order_and_noise(command, tmp_path, monkeypatch):
-    """Those of epoch 1 or of seed 0 again, images of another part, grey ones, validation as for
-    training; one code where several are asked for; a step size that does not rise and fall;
-    training figures of another mean."""
-    asked, fed, report = [], [], mock.Mock()
-    monkeypatch.setattr(main, 'report', report)
+def test_training_is_that_of_the_flags(command, tmp_path, monkeypatch, dataset):
+    """Order or noise of epoch 1 or of seed 0 again, images of another part, grey ones; another
+    network; a step size that is constant; another mean of figures."""
+    asked, fed, network = [], [], mock.Mock(wraps=main.Network)
+    monkeypatch.setattr(main, 'Network', network)
+    monkeypatch.setattr(main, 'report', mock.Mock())
     monkeypatch.setattr(main, 'LOG_STEPS', 1)
     to_float = data.to_float
     monkeypatch.setattr(data, 'to_float', lambda images: fed.append(images) or to_float(images))
@@ -336,9 +323,12 @@ def test_each_epoch_has_its_own_order_and_noise(command, tmp_path, monkeypatch):
     spy('batches', data.batches)
     spy('binarise', data.binarise)
     assert command(tmp_path, '--seed', 5, '--batch-size', 90, '--binarise', '--epochs', 2,
-                   '--training-codes', 2)[0] == 0
-    graph = report.call_args[0][3].graph  # Of the session.
-    assert graph.seed == 5 and graph.get_tensor_by_name('bound:0') is not None
+                   '--training-codes', 2, '--weight-decay', .5)[0] == 0
+    sizes, options = network.call_args
+    mean = (dataset.train_images.mean(0) + .5) / 256
+    np.testing.assert_allclose(1 / (1 + np.exp(-options.pop('logits'))), mean)
+    assert sizes == (14, 1, (28, 28))
+    assert options == {'training_codes': 2, 'weight_decay': .5, 'seed': 5}
     assert asked == [('binarise', 20, 1), ('binarise', 60, 0)] + [
         entry for epoch in (1, 2) for entry in [
             ('batches', 220, 90, 5, epoch), ('binarise', 90, 5, epoch, 0),
@@ -370,38 +360,40 @@ def test_import_leaves_the_process_as_it_was(monkeypatch):
 
 # ------------------------------------------------------------------------- Checkpoint and pictures
 
-@pytest.fixture(scope='module')
-def session(runs):
-    """A session with the model of the default run."""
-    folder = runs[0].folder
+@contextlib.contextmanager
+def restored(folder):
     with tf.Graph().as_default(), tf.Session() as session:
         tf.train.import_meta_graph(str(folder / MODEL[0])).restore(
             session, str(folder / 'new_model.ckpt'))
         yield session
 
 
+@pytest.fixture(scope='module')
+def session(runs):
+    """A session with the model of the default run."""
+    with restored(runs[0].folder) as session:
+        yield session
+
+
 def test_checkpoint_gives_what_was_evaluated(default, session, dataset):
     """Figures of other images, in the epochs or at the end; pixels of another range; variables that
-    the graph lists and the checkpoint does not have."""
+    the graph lists and the checkpoint does not have, or that only training needs."""
     content = metrics(default)
-    entry, test = content['history'][content['best_epoch'] - 1], content['test']
+    best, test = content['best_epoch'], content['test']
     elbo = session.run('elbo:0', {'images:0': dataset.validation_images / 255})
-    assert -elbo == pytest.approx(entry['validation_negative_elbo'], rel=1e-5)
-    elbo, divergence, mu, sigma, code, images = session.run(
-        [name + ':0' for name in ('elbo', 'divergence', 'mu', 'sigma', 'code', 'reconstruction')],
-        {'images:0': dataset.test_images / 255})
-    assert -elbo == pytest.approx(test['negative_elbo'], rel=1e-5)
-    assert divergence.mean() == pytest.approx(test['divergence'], rel=1e-5)
-    np.testing.assert_allclose(
-        divergence, .5 * (mu ** 2 + sigma ** 2 - 1).sum(1) - np.log(sigma).sum(1), rtol=1e-4)
-    np.testing.assert_allclose(session.run('reconstruction:0', {'code:0': code}), images, atol=1e-6)
-    assert session.run('samples:0', {'num_samples:0': 3}).shape == (3, 28, 28)
+    assert -elbo == pytest.approx(content['history'][best - 1]['validation_negative_elbo'])
+    elbo, divergence = session.run(['elbo:0', 'divergence:0'],
+                                   {'images:0': dataset.test_images / 255})
+    assert -elbo == pytest.approx(test['negative_elbo'])
+    assert divergence.mean() == pytest.approx(test['divergence'])
     assert session.run('dataset:0').decode() == dataset.name
     assert len(session.run(tf.report_uninitialized_variables())) == 0
+    assert {name.split('/')[0] for name in tensors(default)} == {
+        'encoder', 'decoder', 'global_step'}
 
 
 def test_what_the_readme_makes(runs, dataset, session):
-    """Pictures turned or stretched otherwise, labels of others; exports that decode otherwise."""
+    """Pictures turned or stretched otherwise, labels of others, another decoder exported."""
     elsewhere = runs[2][readme].result()
     mine = data.load(str(elsewhere / 'mine.npz'))
     images = np.concatenate([mine.validation_images, mine.train_images, mine.test_images])
@@ -410,29 +402,14 @@ def test_what_the_readme_makes(runs, dataset, session):
     order = np.concatenate([order[~test], order[test]])
     assert abs(images - dataset.test_images[order].astype(float)).mean() < 1
     np.testing.assert_array_equal(mine.test_labels, order[-test.sum():] % 2)
-
-    codes = np.float32(np.random.RandomState(0).randn(3, 14))
-    expected = session.run('reconstruction:0', {'code:0': codes})
+    codes = np.random.RandomState(0).randn(3, 14)
     with tf.Graph().as_default(), tf.Session() as other:
         signature = tf.saved_model.load(other, ['serve'], str(elsewhere / 'decoder')).signature_def[
             'serving_default']
         code, images = signature.inputs['code'].name, signature.outputs['images'].name
-        decoded = other.run(images, {code: codes})
-    np.testing.assert_allclose(decoded, expected, atol=1e-6)
-    if tf.VERSION >= '2':
-        interpreter = tf.lite.Interpreter(str(elsewhere / 'decoder.tflite'))
-        (given,), (gets,) = interpreter.get_input_details(), interpreter.get_output_details()
-        interpreter.resize_tensor_input(given['index'], codes.shape)
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(given['index'], codes)
-        interpreter.invoke()
-        np.testing.assert_allclose(interpreter.get_tensor(gets['index']), expected, atol=1e-5)
-
-
-def test_checkpoint_has_the_weights_and_the_step_alone(default):
-    content = tensors(default)
-    assert content.pop('global_step') == STEPS * metrics(default)['best_epoch']
-    assert {name.split('/')[0] for name in content} == {'encoder', 'decoder'}
+        images = other.run(images, {code: codes})
+    expected = session.run('reconstruction:0', {'code:0': codes})
+    np.testing.assert_allclose(images, expected, atol=1e-6)
 
 
 def test_graph_can_be_read_by_the_other_tensorflow(default):
@@ -496,8 +473,10 @@ def assert_legible(figure):
 
 def test_pictures_show_what_they_say(command, finished, session, dataset, figures):
     """Images beside others' reconstructions, curves of one series twice, points of other classes,
-    interpolations that start or end elsewhere."""
-    assert command(finished, '--resume')[0] == 0
+    interpolations that start or end elsewhere; the log p(x) of another epoch's model."""
+    test = metrics(finished)['test']
+    write_state(finished, dict(state(finished), test={'epoch': 1, 'negative_log_likelihood': 9}))
+    assert command(finished, '--resume')[0] == 0 and metrics(finished)['test'] == test
     assert [figure.content for figure in figures] == [
         (finished / name).read_bytes() for name in FIGURES]
     for figure in figures:
@@ -538,20 +517,16 @@ def test_pictures_show_what_they_say(command, finished, session, dataset, figure
 
 
 def test_pictures_of_a_plane(command, worse, tmp_path, dataset, figures):
-    """A grid that is turned or not where the codes are; crosses that are not the prior's means; the
-    log p(x) of another epoch's model."""
+    """What is lost, or an earlier log p(x), is not there again; a grid that is turned or not where
+    the codes are; crosses that are not the prior's means."""
     folder = shutil.copytree(worse, tmp_path / 'copy')
-    record = state(folder)
-    record['test']['epoch'] += 1
-    write_state(folder, json.dumps(record))
-    assert command(folder, *WORSE, '--importance-samples', 0, '--resume')[0] == 0
-    assert set(metrics(folder)['test']) == set(metrics(worse)['test']) - {
-        'negative_log_likelihood', 'standard_error', 'importance_samples',
-        'binarised_negative_elbo'}
+    for name in [*MODEL, *PICTURES, 'metrics.json']:
+        (folder / name).unlink()
+    code, out, err = command(folder, *WORSE, '--importance-samples', 0, '--epochs', 60, '--resume')
+    assert (code, err) == (0, '') and 'Epoch' not in out and '(--patience): training ends' in out
+    assert results(folder) == results(worse) and set(listing(folder)) == set(listing(worse))
     plane, scatter = figures[2].axes
-    with tf.Graph().as_default(), tf.Session() as session:
-        tf.train.import_meta_graph(str(worse / MODEL[0])).restore(
-            session, str(worse / 'new_model.ckpt'))
+    with restored(worse) as session:
         images = data.binarise(dataset.test_images, 0) / 255
         codes, prior_mean = session.run(['mu:0', 'prior_mean:0'], {'images:0': images})
         places = [2.5, 47.5, 97.5]  # Per cent: of columns from the left, and of rows from below.
@@ -675,7 +650,7 @@ def test_refuses_to_resume_another_run(command, resume, finished, data_dir, tmp_
     before = listing(finished)
     for flag, *value in [('--code-size', 2), ('--batch-size', 10), ('--learning-rate', .1),
                          ('--seed', 1), ('--mixture-components', 2), ('--epochs', 2),
-                         ('--training-codes', 2), ('--binarise',),
+                         ('--training-codes', 2), ('--binarise',), ('--weight-decay', .1),
                          ('--data-dir', data_dir.parent / 'others')]:
         assert_one_line(resume(flag, *value), 'Error: %s' % flag)
     assert listing(finished) == before
@@ -686,19 +661,21 @@ def test_refuses_to_resume_another_run(command, resume, finished, data_dir, tmp_
 
 def test_refuses_to_resume_what_is_damaged(command, finished):
     """Half a file, other content or variables, an earlier version's record, a flipped bit."""
-    path = finished / 'training_state.npz'
-    whole, record = path.read_bytes(), json.dumps(state(finished))
+    path, record = finished / 'training_state.npz', state(finished)
+    whole = path.read_bytes()
     flipped = bytearray(whole)
-    place = whole.index('"history"'.encode('utf-32-le')) + 4 * random.Random(SEED).randrange(100)
-    flipped[place] ^= 4
+    flipped[whole.index('"history"'.encode('utf-32-le')) + 4 * (SEED % 100)] ^= 4
+    contents = [b'', whole[:-50], whole[:10 ** 6], os.urandom(1000), bytes(flipped)]
+    np.savez(str(path), record=np.array([record], object))
+    contents.append(path.read_bytes())
+    earlier = {'settings': record['settings'], 'history': []}
+    for other in [[[]], [{}], [earlier], [record, ('last/encoder/mu/bias', np.zeros(3))]]:
+        path.write_bytes(whole)
+        write_state(finished, *other)
+        contents.append(path.read_bytes())
     print('SEED=%d' % SEED)
-    changes = [dict(record='[]'), dict(record='{}'), dict(record=np.array([record], object)),
-               dict(record=json.dumps({'settings': json.loads(record)['settings'], 'history': []})),
-               {'record': record, 'last/encoder/mu/bias': np.zeros(3)}]
-    for content in [b'', whole[:-50], whole[:10 ** 6], os.urandom(1000), bytes(flipped), *changes]:
-        path.write_bytes(whole if isinstance(content, dict) else content)
-        if isinstance(content, dict):
-            write_state(finished, **content)
+    for content in contents:
+        path.write_bytes(content)
         before = listing(finished)
         assert_one_line(command(finished, '--resume'), path, 'leave --resume out')
         assert listing(finished) == before
@@ -798,21 +775,19 @@ def test_ends_without_a_word(monkeypatch, capfd, error, code):
     assert error is KeyboardInterrupt or os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev
 
 
-def test_second_signal_does_what_it_did_before(monkeypatch):
+def test_second_signal_does_what_it_did_before():
     """A run that cannot be ended at once."""
     came = []
     old = signal.signal(signal.SIGTERM, lambda signum, _: came.append(signum))
-    try:
-        with main.deferred_signals() as end_if_asked:
-            end_if_asked()
-            os.kill(os.getpid(), signal.SIGINT)
-            assert came == []
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert came == [signal.SIGTERM]
-            with pytest.raises(main.Interrupted):
-                end_if_asked()
-    finally:
-        signal.signal(signal.SIGTERM, old)
+    with main.deferred_signals() as end_if_asked:
+        end_if_asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came == []
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, old)
+    assert came == [signal.SIGTERM]
+    with pytest.raises(main.Interrupted):
+        end_if_asked()
 
 
 def killed(data_dir, folder, default, worse):
@@ -856,7 +831,7 @@ def interrupted(data_dir, folder, default, worse):
         assert run.signal(signum).code == 128 + signum and run.err == ''
         *_, saved, go_on = run.out.splitlines()
         assert saved.startswith('Interrupted. The best model so far is in a name/new_model.ckpt')
-        assert step(out) == STEPS * metrics(out)['best_epoch']
+        assert tensors(out)['global_step'] == STEPS * metrics(out)['best_epoch']
         assert len(history(out)) >= epochs
         python, script, *arguments = shlex.split(go_on.replace('Go on with: ', ''))
         assert [python, script] == [sys.executable, str(ROOT / 'main.py')]
@@ -883,20 +858,6 @@ def interrupted_twice(data_dir, folder, default, worse):
     assert history(folder)[:-1] == history(default)
     assert [len(list(path.iterdir())) for path in folder.glob('logs/*/validation')] == [2]
     assert tensors(folder)
-
-
-def resumed_after_the_end(data_dir, folder, default, worse):
-    """All that is derived is written anew, an earlier log p(x) is kept, and it says why it does not
-    train on."""
-    folder = shutil.copytree(worse, folder / 'copy')
-    for name in [*MODEL, *PICTURES, 'metrics.json']:
-        (folder / name).unlink()
-    flags = [*FLAGS, *WORSE, '--importance-samples', '0', '--epochs', '60']
-    run = Run(folder, '--data-dir', data_dir, *flags, '--resume').finish()
-    assert run.code == 0 and run.err == '' and '\nEpoch' not in run.out
-    assert '\nNo better validation ELBO in 2 epochs (--patience)' in run.out
-    assert 'Test (images in a$' in run.out
-    assert results(folder) == results(worse) and set(listing(folder)) == set(listing(worse))
 
 
 # Restores by our own code, as the README says in words.
@@ -927,7 +888,7 @@ def readme(data_dir, folder, default, worse):
     return folder
 
 
-CHAINS = [interrupted, killed, readme, interrupted_twice, resumed_after_the_end]
+CHAINS = [interrupted, killed, readme, interrupted_twice]
 
 
 @pytest.mark.parametrize('function', CHAINS, ids=lambda function: function.__name__)
