@@ -249,7 +249,7 @@ def log_likelihood(session, images, count):
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
     def log_weights(chunk, posterior, noise):
-        mu, sigma = posterior
+        mu, sigma = posterior  # Fed, so that the encoder does not run again for each code.
         return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
                                             'code:0': mu + sigma * noise})
     log_sum = np.full(len(images), -np.inf)  # In float64.

@@ -64,8 +64,8 @@ class Network:
             maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
             maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1', [second]))
             # The four channels are four adjacent pixels of a row: faster than a stride of 4.
-            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2', [height, width // 4, 4],
-                                   self.initial_logits)
+            maps = _conv_transpose(maps, channels=4, size=4, name='conv_transpose_2',
+                                   bias_shape=[height, width // 4, 4], bias=self.initial_logits)
             return tf.distributions.Bernoulli(logits=tf.reshape(maps, [-1, height, width]),
                                               dtype=tf.float32)
 
@@ -106,7 +106,8 @@ class Network:
             shape=[tf.shape(images)[0], self.training_codes, self.code_size],
             seed=tf.stack([seed, step]))
         mu, sigma, codes, log_likelihood = _in_halves(self._reconstruct, images, noise)
-        # These three may be fed, each for itself. `elbo` and `bound` still use the drawn codes.
+        # These three may be fed, independently of each other. `log_likelihood` remains that of the
+        # drawn codes, so `elbo` and `bound` are not to be fetched then.
         mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
         code = tf.identity(codes[:, 0], 'code')
         posterior, prior = tf.distributions.Normal(mu, sigma), self.prior()
