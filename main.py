@@ -343,7 +343,7 @@ def portable_graph(saver):
     for node in meta_graph.graph_def.node:
         if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
             node.op = 'Add'
-        for name in {'grad_a', 'grad_b'}.intersection(node.attr):  # It does not know these.
+        for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
             del node.attr[name]
     listed = meta_graph.collection_def['variables'].bytes_list.value
     listed[:] = [v.to_proto().SerializeToString() for v in variables('best/').values()]

@@ -115,8 +115,7 @@ class Network:
         log_ratio = tf.reduce_sum(posterior.log_prob(code), 1) - log_prior
         divergence = log_ratio
         if self.mixture_components == 1:
-            standard = tf.distributions.Normal(0., 1.)
-            divergence = tf.reduce_sum(tf.distributions.kl_divergence(posterior, standard), 1)
+            divergence = tf.reduce_sum(posterior.kl_divergence(tf.distributions.Normal(0., 1.)), 1)
         divergence = tf.identity(divergence, 'divergence')
         elbo = objective = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
 
@@ -158,24 +157,31 @@ class Network:
     def _lstm(self, images):
         """Returns the outputs of all steps side by side, `[n, height * lstm_units]`."""
         units, (height, width) = self.lstm_units, self.image_shape
-        with tf.variable_scope('lstm'):
-            # The inputs of all steps are multiplied at once, outside of the recurrence.
-            rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
-            # A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
-            bias = [0.] * units + [1.] * units + [0.] * 2 * units
-            inputs = _dense(rows, 4 * units, 'input', bias)
-            kernel = tf.get_variable('recurrent_kernel', [units, 4 * units],
-                                     initializer=tf.orthogonal_initializer())
-            outputs = []
-            output = cell = tf.zeros([tf.shape(images)[0], units])
+        # The inputs of all steps are multiplied at once, outside of the recurrence.
+        rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
+        # A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
+        bias = [0.] * units + [1.] * units + [0.] * 2 * units
+        inputs = _dense(rows, 4 * units, 'lstm/input', bias)
+        kernel = tf.get_variable('lstm/recurrent_kernel', [units, 4 * units],
+                                 initializer=tf.orthogonal_initializer())
+        outputs = []
+        output = cell = tf.zeros([tf.shape(images)[0], units])
+        # The gradients of `+` and `*` also handle broadcasting. `add_n` instead of `+` makes a step
+        # 10% faster; the other gradient of `*` makes training start a second sooner.
+        with tf.get_default_graph().gradient_override_map({'Mul': 'MulOfEqualShapes'}):
             for gates in tf.split(inputs, height):
-                # `add_n`, as the gradient of `+` also handles broadcasting: 10% of a step.
                 gates = tf.add_n([gates, tf.matmul(output, kernel)])
                 i, f, o, candidate = tf.split(gates, 4, 1)
                 cell = tf.add_n([tf.sigmoid(f) * cell, tf.sigmoid(i) * tf.tanh(candidate)])
                 output = tf.sigmoid(o) * tf.tanh(cell)
                 outputs.append(output)
-            return tf.concat(outputs, 1)
+        return tf.concat(outputs, 1)
+
+
+@tf.RegisterGradient('MulOfEqualShapes')
+def _mul_gradient(op, gradient):
+    x, y = op.inputs
+    return gradient * y, gradient * x
 
 
 class Mixture(typing.NamedTuple):
