@@ -63,7 +63,7 @@ def load(data_dir):
             .npz file. A folder that is missing or holds a part of MNIST is filled by a download.
 
     Returns:
-        A `Dataset`. Validation is the first twelfth of the training images: do not sort them.
+        A `Dataset`. Validation is the first twelfth of the training images, so shuffle them.
 
     Raises:
         RunError: the files are damaged, incomplete, ambiguous or not supported.

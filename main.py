@@ -42,7 +42,7 @@ from data import RunError, write_atomically
 from model import Network
 
 MODEL, STATE = 'new_model.ckpt', 'training_state.npz'
-WARM_UP = .2  # Share of the steps in which the learning rate rises; then it falls to zero.
+WARM_UP = .1  # Share of the steps in which the learning rate rises; then it falls to zero.
 TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
 CHUNK = 1000  # Images evaluated at once, to bound the memory.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -68,11 +68,11 @@ def parse_arguments(arguments=None, **settings):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add('--data-dir', default='MNIST_data', type=os.path.abspath,
-        help='folder or .npz file of images; MNIST is downloaded into a folder that is empty')
+        help='folder or .npz file of shuffled images; MNIST is downloaded into a new folder')
     add('--output-dir', default='.', help='folder for everything that is written')
-    add('--epochs', type=number(1, 10 ** 6), default=12, help='passes over the training images')
-    add('--batch-size', type=number(1, 10 ** 6), default=128, help='images per step')
-    add('--learning-rate', type=number(0., 1e6), default=1e-2,
+    add('--epochs', type=number(1, 10 ** 6), default=14, help='passes over the training images')
+    add('--batch-size', type=number(1, 10 ** 6), default=256, help='images per step')
+    add('--learning-rate', type=number(0., 1e6), default=.012,
         help='highest step size of Adam; it rises to this, then falls to zero at the last epoch')
     add('--code-size', type=number(2, 10 ** 4), default=14, help='dimensions of the latent code')
     add('--mixture-components', type=number(1, 10 ** 5), default=1,
@@ -81,7 +81,7 @@ def parse_arguments(arguments=None, **settings):
     add('--training-codes', type=number(1, 1000), default=1,
         help='codes per image in training; several give a tighter bound than the ELBO')
     add('--weight-decay', type=number(0., 1e6), default=0.,
-        help='factor of half the sum of all squared kernels; reduces overfitting in long runs')
+        help='L2 penalty: factor of half the sum of all squared kernels; for long runs')
     add('--importance-samples', type=number(0, 10 ** 6), default=0,
         help='codes per test image to estimate log p(x) with; 0 leaves this out')
     add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise, order')
@@ -101,7 +101,7 @@ def run(arguments):
     """Trains, evaluates and draws a model.
 
     The state file holds all that a resumed run needs: a record in JSON, and the variables after the
-    last and the best epoch. It is replaced after each epoch: a killed run loses the current one.
+    last and the best epoch. It is replaced after each epoch: a killed run loses at most one epoch.
     """
     start = time.time()
     args = parse_arguments(arguments)
@@ -248,7 +248,7 @@ def log_likelihood(session, images, count):
     chunks = np.split(images, range(CHUNK, len(images), CHUNK))
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
-    def log_weights(chunk, posterior, noise):
+    def weigh(chunk, posterior, noise):
         mu, sigma = posterior  # Fed, so that the encoder does not run again for each code.
         return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
                                             'code:0': mu + sigma * noise})
@@ -257,8 +257,8 @@ def log_likelihood(session, images, count):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Two chunks at a time.
         for i in range(count):
             noise = [rng.standard_normal(mu.shape) for mu, _ in posteriors]
-            weights = np.concatenate(list(pool.map(log_weights, chunks, posteriors, noise)))
-            log_sum = np.logaddexp(log_sum, weights)
+            log_weights = np.concatenate(list(pool.map(weigh, chunks, posteriors, noise)))
+            log_sum = np.logaddexp(log_sum, log_weights)
             bar.update(i + 1)
     log_p = log_sum - math.log(count)
     return -log_p.mean(), log_p.std() / math.sqrt(len(log_p))
@@ -303,12 +303,12 @@ def report(args, dataset, model, session, record, arrays):
 def variables(prefix):
     """Returns the variables by their names in the state. The prefix 'best/' is for the variables of
     the model, 'last/' for those and the optimiser's."""
-    found = tf.trainable_variables() + [tf.train.get_global_step()]  # The noise depends on it.
-    return {prefix + v.op.name: v for v in (found if prefix == 'best/' else tf.global_variables())}
+    model = tf.trainable_variables() + [tf.train.get_global_step()]  # The step seeds the noise.
+    return {prefix + v.op.name: v for v in (model if prefix == 'best/' else tf.global_variables())}
 
 
 def assign(session, arrays, prefix):
-    """Sets the variables to what the state holds of them."""
+    """Runs the initialisers of the variables with values of the state."""
     targets = variables(prefix)
     try:
         session.run([v.initializer for v in targets.values()],

@@ -228,7 +228,7 @@ def test_training_follows_the_flags(command, tmp_path, monkeypatch, runs):
         (count, 5, epoch, i) for epoch in (1, 2) for i, count in enumerate([90, 90, 40])]
     images, rates, elbos, divergences = zip(*steps)
     assert all(set(np.unique(batch)) == {0, 1} for batch in images)
-    assert_allclose(rates, [.01 * min((i + .5) / 1.2, (5.5 - i) / 4.8) for i in range(6)])
+    assert_allclose(rates, [.012 * min((i + .5) / .6, (5.5 - i) / 5.4) for i in range(6)])
     figures = np.reshape([(-elbo, kl.mean()) for elbo, kl in zip(elbos, divergences)], [2, 3, 2])
     for entry, means in zip(metrics(tmp_path)['history'], [90, 90, 40] @ figures / 220):
         pair = entry['training_negative_elbo'], entry['training_divergence']

@@ -18,7 +18,6 @@ KINDS = {'normal': dict(), 'mixture': dict(seed=1, mixture_components=3, weight_
          'codes': dict(seed=2, mixture_components=3, training_codes=3)}
 
 
-
 @functools.lru_cache(None)
 def build(kind):
     """Returns a small network and values of its variables to start from, far from zero."""
@@ -72,7 +71,7 @@ def sigmoid(x):
 
 
 def dense(weights, inputs, name, slope=1.):
-    outputs = inputs @ weights[name + '/kernel'].T + weights[name + '/bias']
+    outputs = inputs @ weights[name + '/kernel'] + weights[name + '/bias']
     return np.maximum(outputs, slope * outputs)
 
 
@@ -97,7 +96,7 @@ def test_defaults_and_initial_weights():
             session.run(tf.global_variables_initializer())
             runs.append(named(session))
     first, again, other = runs
-    assert first['decoder/dense_2/kernel'].shape == (7 * 7 * 32, 512)
+    assert first['decoder/dense_3/kernel'].shape == (384 + 14, 7 * 7 * 32)
     assert first['decoder/conv_transpose_1/kernel'].shape == (3, 2, 32, 32)
     constants = {'encoder/lstm/input/bias': np.repeat([0, 1, 0, 0], 24), 'prior/logits': 0,
                  'prior/scale': .5, 'decoder/conv_transpose_2/bias': logits.reshape(28, 7, 4)}
@@ -154,7 +153,7 @@ def test_encoder(small):
 
 
 def test_decoder(small):
-    """The decoder equals dense layers and transposed convolutions in NumPy."""
+    """The decoder equals dense layers, a skip connection and transposed convolutions in NumPy."""
     code, weights = np.random.RandomState(1).randn(3, 7), named(small.session)
 
     def conv_transpose(maps, name, margin):
@@ -167,7 +166,8 @@ def test_decoder(small):
         return large[:, margin:margin + 2 * height, :width] + weights[name + '/bias']
 
     hidden = dense(weights, code, 'decoder/dense_1', .1)
-    maps = dense(weights, hidden, 'decoder/dense_2', .1).reshape(3, 3, 5, 6)
+    hidden = np.hstack([dense(weights, hidden, 'decoder/dense_2', .1), code])
+    maps = dense(weights, hidden, 'decoder/dense_3', .1).reshape(3, 3, 5, 6)
     maps = conv_transpose(maps, 'decoder/conv_transpose_1', 0)
     maps = np.maximum(maps, .1 * maps)
     logits = conv_transpose(maps, 'decoder/conv_transpose_2', 1).reshape(3, *SHAPE)
@@ -249,7 +249,7 @@ def slots(end):
 def test_training_gradient(small):
     """The gradient of each variable equals finite differences of the objective. This is the ELBO
     or, for several codes, the log-mean-exp of log_weight with fixed parameters of q(z|x) in it."""
-    session, images, rng = small.session, pictures(8, seed=2), np.random.RandomState(0)
+    session, images, rng = small.session, pictures(8, seed=3), np.random.RandomState(0)
     codes, parameters = small.network.training_codes, fetch(small, 'mu sigma', images=images)
     noise, = [op.outputs[0] for op in session.graph.get_operations()
               if op.type == 'StatelessRandomNormal' and len(op.outputs[0].shape) == 3]
