@@ -191,7 +191,7 @@ def download_missing(data_dir):
     """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
     `ConnectionError` if this fails."""
     present = {path.name: path for path in data_dir.glob('[!.]*')}
-    if not present and find(data_dir):  # An .npz file or a prefix.
+    if not present and find(data_dir):  # An .npz file, or a prefix of files' names.
         return
     if any(name not in FILES or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]
            for name, path in present.items()):

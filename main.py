@@ -87,7 +87,7 @@ def parse_arguments(arguments=None, **settings):
     add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise, order')
     add('--resume', action='store_true',
         help='continue the run in --output-dir with its flags; --epochs, --importance-samples and '
-             '--data-dir may change. With more epochs the learning rate rises again.')
+             '--data-dir may change. With more epochs the learning rate starts high again.')
     parser.set_defaults(**settings)
     args = parser.parse_args(arguments)
     free = 'data_dir', 'epochs', 'importance_samples'
@@ -139,7 +139,7 @@ def run(arguments):
             tf.summary.FileWriter(str(folder / record['log_dir'])) as log:
 
         def publish():
-            """Writes the plots and the log of the last epoch and, if it is the best, the model."""
+            """Writes curves and log and, if the last epoch is the best, the model and samples."""
             samples = samples_png(session.run(model.samples))
             if best_epoch(history) == history[-1]['epoch']:
                 saver.save(session, str(folder / MODEL), write_meta_graph=False)
@@ -149,9 +149,9 @@ def run(arguments):
             log.add_summary(summary(history[-1], samples), len(history))
 
         session.run(tf.global_variables_initializer())
-        if history:  # A killed run may have saved its state and nothing else.
+        if history:
             assign(session, arrays, 'last/')
-            publish()
+            publish()  # A killed run may have saved its state and nothing else.
         else:
             log.add_graph(session.graph)
         batches = math.ceil(len(dataset.train_images) / args.batch_size)
@@ -191,7 +191,7 @@ def run(arguments):
 
 
 def build(args, dataset):
-    """Builds the graph, to be fed by `images:0` and `learning_rate:0`. Returns `Optimization`."""
+    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns `Optimization`."""
     shape = dataset.train_images.shape[1:]
     images = tf.placeholder(tf.float32, [None, *shape], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
@@ -220,7 +220,7 @@ def best_epoch(history):
 
 
 def summary(entry, samples):
-    """Returns the figures of an epoch and its samples, the bytes of a PNG file, for TensorBoard."""
+    """Returns an epoch's figures and samples (bytes of a PNG file) as a record for TensorBoard."""
     values = [tf.Summary.Value(tag=key, simple_value=value) for key, value in entry.items()]
     image = tf.Summary.Image(encoded_image_string=samples)
     return tf.Summary(value=[*values, tf.Summary.Value(tag='samples', image=image)])
@@ -308,7 +308,7 @@ def variables(prefix):
 
 
 def assign(session, arrays, prefix):
-    """Runs the initialisers of the variables with values of the state."""
+    """Sets the variables to values of the state, fed in place of their initial values."""
     targets = variables(prefix)
     try:
         session.run([v.initializer for v in targets.values()],
@@ -338,13 +338,13 @@ def load_state(folder):
 
 def portable_graph(saver):
     """Returns the graph as bytes that TensorFlow 1.14 and later read. It lists only the variables
-    that are saved; a user's own `Saver` would look for the others in the checkpoint."""
+    that are saved: a user's own `Saver` would look for Adam's in the checkpoint, too."""
     meta_graph = saver.export_meta_graph(strip_default_attrs=True)
     for node in meta_graph.graph_def.node:
         if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
             node.op = 'Add'
         for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
-            del node.attr[name]
+            del node.attr[name]  # TensorFlow 1.14 lacks the first two, a user's program the third.
     listed = meta_graph.collection_def['variables'].bytes_list.value
     listed[:] = [v.to_proto().SerializeToString() for v in variables('best/').values()]
     return meta_graph.SerializeToString()

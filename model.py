@@ -103,7 +103,7 @@ class Network:
         """
         step = tf.train.get_or_create_global_step()
         # The step does not change during an evaluation, so the sum of the images distinguishes its
-        # batches. It takes the upper half of the seed, `self.seed` the lower.
+        # batches. The sum takes the upper half of the seed, `self.seed` the lower.
         seed = self.seed + tf.cast(tf.reduce_sum(images), tf.int64) * 2 ** 32
         # The raw operation: `tf.random.stateless_normal` differs between the TensorFlows.
         noise = tf.raw_ops.StatelessRandomNormal(
@@ -124,7 +124,7 @@ class Network:
         elbo = objective = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
 
         if self.training_codes > 1:
-            # This omits the gradient of log q with respect to its parameters. It is biased for
+            # This omits log q's gradient with respect to its parameters. The rest is biased for
             # several codes (Tucker et al., 2018, arXiv:1810.04152), but trains to a better bound.
             frozen = tf.distributions.Normal(*map(tf.stop_gradient, [mu[:, None], sigma[:, None]]))
             log_posterior = tf.reduce_sum(frozen.log_prob(codes), 2)  # [n, training_codes]
