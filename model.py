@@ -167,14 +167,14 @@ class Network:
         # The inputs of all steps are multiplied at once, outside of the recurrence.
         rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
         # A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
-        bias = [0.] * units + [1.] * units + [0.] * 2 * units
-        inputs = _dense(rows, 4 * units, 'lstm/input', bias)
+        inputs = _dense(rows, 4 * units, 'lstm/input', [0] * units + [1] * units + [0] * 2 * units)
         kernel = tf.get_variable('lstm/recurrent_kernel', [units, 4 * units],
                                  initializer=tf.orthogonal_initializer())
         outputs = []
         output = cell = tf.zeros([tf.shape(images)[0], units])
-        # TensorFlow's gradient of `*` also handles broadcasting, which takes a second to build.
-        with tf.get_default_graph().gradient_override_map({'Mul': 'MulOfEqualShapes'}):
+        # TensorFlow's gradients of `+` and `*` also handle broadcasting: a second of each start.
+        overrides = dict.fromkeys(['Add', 'AddV2', 'Mul'], 'EqualShapes')
+        with tf.get_default_graph().gradient_override_map(overrides):
             for gates in tf.split(inputs, height):
                 i, f, o, candidate = tf.split(gates + tf.matmul(output, kernel), 4, 1)
                 cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(candidate)
@@ -183,10 +183,10 @@ class Network:
         return tf.concat(outputs, 1)
 
 
-@tf.RegisterGradient('MulOfEqualShapes')
-def _gradient_of_product(op, gradient):
+@tf.RegisterGradient('EqualShapes')
+def _gradient_without_broadcasting(op, gradient):
     x, y = op.inputs
-    return gradient * y, gradient * x
+    return (gradient * y, gradient * x) if op.type == 'Mul' else (gradient, gradient)
 
 
 class Mixture(typing.NamedTuple):
