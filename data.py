@@ -1,7 +1,7 @@
 """Finds or downloads the files of a set of images, reads, splits and batches them.
 
 All images are uint8 arrays `[n, height, width]`, 0 for paper and 255 for ink. Labels are integers
-`[n]`, which only the plots use.
+`[n]` for the plots.
 """
 
 import gzip
@@ -58,12 +58,13 @@ def load(data_dir):
     """Loads the images to train, validate and test on, and prints which they are.
 
     Args:
-        data_dir: Folder with the four files of a set in MNIST's format, in it or below it; or such
-            a folder followed by the start of the files' names, as in 'folder/emnist-letters'; or an
-            .npz file. A folder that is missing or holds a part of MNIST is filled by a download.
+        data_dir: Folder with, in it or below it, the four files of a set in MNIST's format or an
+            .npz file; or that file; or 'folder/emnist-letters' for one of several sets in a folder.
+            A folder that is missing or holds a part of MNIST is filled by a download.
 
     Returns:
-        A `Dataset`. Validation is the first twelfth of the training images, so shuffle them.
+        A `Dataset`, of synthetic digits if that download fails. The first twelfth of the training
+        images is for validation, so shuffle them.
 
     Raises:
         RunError: the files are damaged, incomplete, ambiguous or not supported.
@@ -97,9 +98,8 @@ def batches(images, batch_size, seed, epoch):
 
 
 def binarise(images, *seed):
-    """Returns random pixels: 255 with the probability pixel / 255, else 0. A pure function of
-    `images` and of the integers `seed`."""
-    noise = np.random.RandomState(seed).randint(255, size=images.shape, dtype=np.uint8)
+    """Returns 255 with the probability pixel / 255, else 0: a pure function of its arguments."""
+    noise = np.random.RandomState(seed).randint(255, size=images.shape, dtype=np.uint8)  # To 254.
     return np.uint8(255) * (noise < images)
 
 
@@ -119,19 +119,19 @@ def write_atomically(path, content):
 
 
 def find(data_dir):
-    """Returns the paths of the nearest set: a dict by the names in `KEYS`, or by 'npz' alone."""
+    """Returns the paths of the uppermost set: a dict by the names in `KEYS`, or by 'npz' alone."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}
-    folder, prefix = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
-    for depth in range(1 if prefix else 4):
+    folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
+    for depth in range(1 if set_name else 4):
         found = {}
         for path in sorted(folder.glob('[!.]*/' * depth + '[!.]*')):
             match = IDX_NAME.fullmatch(path.name)
-            key = 'npz' if path.suffix == '.npz' and not prefix else None
-            if match and (not prefix or prefix == match.group(1)) and not path.is_dir():
+            key = 'npz' if path.suffix == '.npz' and not set_name else None
+            if match and (not set_name or set_name == match.group(1)) and not path.is_dir():
                 key = 'x_' if match.group(3) == 'images' else 'y_'
                 key += 'train' if match.group(2) == 'train' else 'test'
-            if key and path.with_suffix('') not in found.get(key, []):  # Skips x.gz beside x.
+            if key and path.with_suffix('') not in found.get(key, []):  # Skips file.gz after file.
                 found.setdefault(key, []).append(path)
         if found:
             break
@@ -148,7 +148,7 @@ def read(data_dir):
     """Reads and checks a set. Returns its four arrays in the order of `KEYS`."""
     arrays, paths = {}, find(data_dir)
     if 'npz' not in paths and len(paths) < 4:
-        names = sorted(path.name for path in paths.values() or data_dir.glob('[!.]*'))
+        names = sorted(path.name for path in (paths.values() if paths else data_dir.glob('[!.]*')))
         raise RunError('%s: holds only %s; %s' % (data_dir, ', '.join(names[:9]), EXPECTED))
     for key, path in paths.items():
         try:
@@ -191,7 +191,7 @@ def download_missing(data_dir):
     """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
     `ConnectionError` if this fails."""
     present = {path.name: path for path in data_dir.glob('[!.]*')}
-    if not present and find(data_dir):  # An .npz file, or a prefix of files' names.
+    if not data_dir.is_dir() and find(data_dir):  # An .npz file, or a prefix of files' names.
         return
     if any(name not in FILES or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]
            for name, path in present.items()):

@@ -44,9 +44,9 @@ from model import Network
 MODEL, STATE = 'new_model.ckpt', 'training_state.npz'
 WARM_UP = .1  # Share of the steps in which the learning rate rises; then it falls to zero.
 TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
-CHUNK = 1000  # Images evaluated at once, to bound the memory.
+CHUNK = 1000  # Images evaluated at once.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,  # See model._in_halves.
+SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,  # The two halves of a batch.
                                 intra_op_parallelism_threads=max(1, CORES // 2))
 COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',  # A palette that is safe for
           '#882255', '#44aa99', '#999933', '#aa4499', '#000000']  # colour-blind readers.
@@ -64,8 +64,8 @@ def parse_arguments(arguments=None, **settings):
         return parse
 
     parser = argparse.ArgumentParser(
-        description=__doc__.split('\n')[0], allow_abbrev=False, usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False, usage=argparse.SUPPRESS)  # An error is one line.
     add = parser.add_argument
     add('--data-dir', default='MNIST_data', type=os.path.abspath,
         help='folder or .npz file of shuffled images; MNIST is downloaded into a new folder')
@@ -81,7 +81,7 @@ def parse_arguments(arguments=None, **settings):
     add('--training-codes', type=number(1, 1000), default=1,
         help='codes per image in training; several give a tighter bound than the ELBO')
     add('--weight-decay', type=number(0., 1e6), default=0.,
-        help='L2 penalty: factor of half the sum of all squared kernels; for long runs')
+        help='L2 penalty for long runs: this times half the sum of all squared kernels')
     add('--importance-samples', type=number(0, 10 ** 6), default=0,
         help='codes per test image to estimate log p(x) with; 0 leaves this out')
     add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise, order')
@@ -111,12 +111,11 @@ def run(arguments):
         'versions': {'python': sys.version.split()[0], 'tensorflow': tf.VERSION,
                      'numpy': np.__version__, 'matplotlib': matplotlib.__version__},
         'history': [], 'test': {}}
-    arrays = {}  # The variables by their names in the state.
+    arrays = {}  # The variables by their names in the state, 'last/...' and 'best/...'.
     if args.resume:
         record, arrays = load_state(folder)
-        record['settings']['output_dir'] = args.output_dir
         args = parse_arguments(arguments, **record['settings'])
-    history = record['history']
+    history = record['history']  # The list itself: the record grows with it.
     dataset = data.load(args.data_dir)
     if args.resume and record['fingerprint'] != dataset.fingerprint:
         raise RunError('--data-dir: the run to resume has other images (%s)' % record['dataset'])
@@ -126,13 +125,14 @@ def run(arguments):
             validation_images=data.binarise(dataset.validation_images, VALIDATION_SEED),
             test_images=data.binarise(dataset.test_images, TEST_SEED))
     record.update(dataset=dataset.name, fingerprint=dataset.fingerprint, settings={
-        name: value for name, value in vars(args).items() if name != 'resume'})
+        name: value for name, value in vars(args).items() if name not in ('output_dir', 'resume')})
 
     model = build(args, dataset)
     sizes = [v.shape.num_elements() for v in tf.trainable_variables()]
     print('Model: {:,} parameters.'.format(sum(sizes)), flush=True)
-    saver = tf.train.Saver(list(variables('best/').values()), save_relative_paths=True)
-    graph = portable_graph(saver)
+    saved = tf.trainable_variables() + [tf.train.get_global_step()]  # The step seeds the noise.
+    saver = tf.train.Saver(saved, save_relative_paths=True)
+    graph = portable_graph(saver, saved)
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     with tf.Session(config=SESSION_CONFIG) as session, \
@@ -190,8 +190,24 @@ def run(arguments):
     print('Done in %.0f s. All files are in %s.' % (time.time() - start, folder.resolve()))
 
 
+def main(arguments=None):
+    """Runs the command with these arguments, by default the process's. Returns its exit code."""
+    try:
+        with tf.Graph().as_default():
+            run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        message, code = 'Interrupted. --resume continues after the last epoch that ended.', 130
+    except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
+            tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
+        line = str(error).split('\n\t [[')[0].split('\n')[-1]  # The line above "[[node", if any.
+        message, code = 'Error: %s' % (line or repr(error)), 1
+    print(message, file=sys.stderr)
+    return code
+
+
 def build(args, dataset):
-    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns `Optimization`."""
+    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns a `Model`."""
     shape = dataset.train_images.shape[1:]
     images = tf.placeholder(tf.float32, [None, *shape], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
@@ -204,7 +220,7 @@ def build(args, dataset):
 
 
 def keep_freed_memory():
-    """Stops malloc from returning memory to the system, which costs 15% on TensorFlow 1.14."""
+    """Stops malloc from returning memory to the system, 15% faster on TensorFlow 1.14."""
     with contextlib.suppress(OSError, AttributeError):  # Not the GNU C library.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-1, 2 ** 30)  # M_TRIM_THRESHOLD, in bytes.
@@ -301,10 +317,8 @@ def report(args, dataset, model, session, record, arrays):
 
 
 def variables(prefix):
-    """Returns the variables by their names in the state. The prefix 'best/' is for the variables of
-    the model, 'last/' for those and the optimiser's."""
-    model = tf.trainable_variables() + [tf.train.get_global_step()]  # The step seeds the noise.
-    return {prefix + v.op.name: v for v in (model if prefix == 'best/' else tf.global_variables())}
+    """Returns all variables by their names in the state, which begin with 'last/' or 'best/'."""
+    return {prefix + v.op.name: v for v in tf.global_variables()}
 
 
 def assign(session, arrays, prefix):
@@ -318,7 +332,7 @@ def assign(session, arrays, prefix):
 
 
 def save_state(folder, record, arrays):
-    """Replaces the state, which is all that `--resume` reads, and the record for other programs."""
+    """Replaces metrics.json and the state, which is all that `--resume` reads."""
     file = io.BytesIO()
     np.savez(file, record=json.dumps(record), **arrays)
     write_atomically(folder / STATE, file.getbuffer())
@@ -336,17 +350,18 @@ def load_state(folder):
         raise RunError('--resume: %s cannot be read (%s)' % (folder / STATE, error)) from error
 
 
-def portable_graph(saver):
+def portable_graph(saver, saved):
     """Returns the graph as bytes that TensorFlow 1.14 and later read. It lists only the variables
-    that are saved: a user's own `Saver` would look for Adam's in the checkpoint, too."""
+    that are saved, without Adam's, which a user's own `Saver` would not find in the checkpoint."""
     meta_graph = saver.export_meta_graph(strip_default_attrs=True)
     for node in meta_graph.graph_def.node:
         if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
             node.op = 'Add'
+        # TensorFlow 1.14 does not know the first two, and users have not registered the third.
         for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
-            del node.attr[name]  # TensorFlow 1.14 lacks the first two, a user's program the third.
+            del node.attr[name]
     listed = meta_graph.collection_def['variables'].bytes_list.value
-    listed[:] = [v.to_proto().SerializeToString() for v in variables('best/').values()]
+    listed[:] = [v.to_proto().SerializeToString() for v in saved]
     return meta_graph.SerializeToString()
 
 
@@ -360,9 +375,9 @@ def code_grid(codes, labels):
         x, y = np.percentile(codes, np.arange(2.5, 100, 5), axis=0).T
         return np.stack(np.meshgrid(x, y[::-1]), -1)
     middles = (2 * np.arange(10) + 1) * len(codes) // 20  # Of ten equal parts.
-    starts = codes[np.argsort(labels, kind='stable')[middles]]
+    starts = codes[np.argsort(labels, kind='stable')[middles]][:, None]  # [10, 1, code_size]
     ends = np.roll(starts, -1, 0)
-    return starts[:, None] + np.linspace(0, 1, 11)[:, None] * (ends - starts)[:, None]
+    return starts + np.linspace(0, 1, 11)[:, None] * (ends - starts)
 
 
 def mosaic(grid):
@@ -373,7 +388,7 @@ def mosaic(grid):
 
 
 def show(axes, grid, extent):
-    """Shows a mosaic of a grid of images with square pixels in axes of this extent."""
+    """Shows a grid of images as a mosaic of square pixels; `extent` has the limits of the axes."""
     image = mosaic(grid)
     axes.imshow(image, cmap='gray', vmin=0, vmax=1, extent=extent, aspect='auto')
     axes.set_box_aspect(image.shape[0] / image.shape[1])
@@ -412,8 +427,8 @@ def curves_png(history, name):
 
 
 def reconstructions_png(pairs, classes, name):
-    """Shows ten test images of each class above their reconstructions, `[classes, 2, 10, height,
-    width]`."""
+    """Shows `pairs`, `[classes, 2, 10, height, width]`: ten test images of each class above their
+    reconstructions."""
     count, _, _, height, width = pairs.shape
     figure = Figure(figsize=(6, 1 + count * (height + 1) / (width + 1)), tight_layout=True)
     axes = figure.subplots()
@@ -438,7 +453,7 @@ def latent_space_png(decoded, codes, labels, classes, name):
         centres = np.stack([codes[labels == label].mean(0) for label in classes])
         directions = np.linalg.svd(centres - centres.mean(0))[2]
         points = codes @ directions[:2].T
-        show(left, decoded, [-.05, 1.05, len(decoded), 0])
+        show(left, decoded, [-.05, 1.05, len(decoded), 0])  # Columns are at 0, .1, ..., 1.
         left.set(title='Decoded interpolations between the codes of two test images',
                  xlabel="share of the second image's code", yticks=[])
         right.set(title='Codes of the test images, in the main plane of the class centres',
@@ -448,22 +463,6 @@ def latent_space_png(decoded, codes, labels, classes, name):
                       marker='o^s'[i // 10], linewidths=0, alpha=.6)
     right.legend(title='class', markerscale=4, loc='center left', bbox_to_anchor=(1, .5))
     return figure_png(figure, name)
-
-
-def main(arguments=None):
-    """Runs the command with these arguments, by default the process's. Returns its exit code."""
-    try:
-        with tf.Graph().as_default():
-            run(arguments)
-        return 0
-    except KeyboardInterrupt:
-        message, code = 'Interrupted. --resume continues after the last complete epoch.', 130
-    except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
-            tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
-        line = str(error).split('\n\t [[')[0].split('\n')[-1]  # Not TensorFlow's traceback.
-        message, code = 'Error: %s' % (line or repr(error)), 1
-    print(message, file=sys.stderr)
-    return code
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ import tensorflow.compat.v1 as tf
 
 tf.disable_v2_behavior()
 
-Optimization = collections.namedtuple('Optimization', 'optimize samples elbo divergence')
+Model = collections.namedtuple('Model', 'optimize samples elbo divergence')
 _activation = functools.partial(tf.nn.leaky_relu, alpha=.1)
 
 
@@ -36,11 +36,11 @@ class Network:
     mixture_components: int = 1  # Gaussians in a learned prior; 1 is the fixed standard normal.
     image_shape: tuple = (28, 28)  # Height and width, multiples of 4.
     training_codes: int = 1  # Codes per image; with several, training maximises a tighter bound.
-    weight_decay: float = 0.  # An L2 penalty: factor of half the sum of all squared kernels.
+    weight_decay: float = 0.  # L2 penalty: this times half the sum of all squared kernels.
     lstm_units: int = 24
     dense_units: int = 384  # Units of each hidden dense layer, except the decoder's last.
-    channels: tuple = (32, 32)  # Of the decoder's feature maps at 1/4 and 1/2 of the height.
-    initial_logits: typing.Any = 0.  # Of the pixels: a number or an array of `image_shape`.
+    channels: tuple = (32, 32)  # Of the maps before and after the height is first doubled.
+    initial_logits: typing.Any = 0.  # Of the pixels: a number or an array `[height, width]`.
     seed: int = 0  # Determines the initial weights and all noise.
 
     def __post_init__(self):
@@ -70,8 +70,8 @@ class Network:
             # The four channels are four adjacent pixels of a row: faster than a stride of 4.
             maps = _conv_transpose(maps, channels=4, size=4, bias_init=self.initial_logits,
                                    bias_shape=[height, width // 4, 4], name='conv_transpose_2')
-            return tf.distributions.Bernoulli(logits=tf.reshape(maps, [-1, height, width]),
-                                              dtype=tf.float32)
+            logits = tf.reshape(maps, [-1, height, width])
+            return tf.distributions.Bernoulli(logits, dtype=tf.float32)  # For grey images, too.
 
     def prior(self):
         """Returns the prior p(z) over `[n, code_size]`, a `Mixture` of one or more Gaussians."""
@@ -102,16 +102,16 @@ class Network:
                 estimated from the same code for a learned one.
         """
         step = tf.train.get_or_create_global_step()
-        # The step does not change during an evaluation, so the sum of the images distinguishes its
-        # batches. The sum takes the upper half of the seed, `self.seed` the lower.
+        # Each batch has its own noise, the same in every run. The batches of an evaluation share a
+        # step, so the noise also depends on the sum of the images.
         seed = self.seed + tf.cast(tf.reduce_sum(images), tf.int64) * 2 ** 32
-        # The raw operation: `tf.random.stateless_normal` differs between the TensorFlows.
+        # The raw operation, as `tf.random.stateless_normal` builds another one in TensorFlow 2.
         noise = tf.raw_ops.StatelessRandomNormal(
             shape=[tf.shape(images)[0], self.training_codes, self.code_size],
             seed=tf.stack([seed, step]))
         mu, sigma, codes, log_likelihood = _in_halves(self._reconstruct, images, noise)
-        # These three may be fed, independently of each other. `log_likelihood` remains that of the
-        # drawn codes, so `elbo` and `bound` are not to be fetched then.
+        # Users may feed `mu`, `sigma` and `code`. This does not change `log_likelihood`, so they
+        # must not fetch `elbo` or `bound` then.
         mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
         code = tf.identity(codes[:, 0], 'code')
         posterior, prior = tf.distributions.Normal(mu, sigma), self.prior()
@@ -124,8 +124,8 @@ class Network:
         elbo = objective = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
 
         if self.training_codes > 1:
-            # This omits log q's gradient with respect to its parameters. The rest is biased for
-            # several codes (Tucker et al., 2018, arXiv:1810.04152), but trains to a better bound.
+            # No gradient flows through log q's own parameters. This is biased (Tucker et al., 2018,
+            # arXiv:1810.04152), but trains to a better bound.
             frozen = tf.distributions.Normal(*map(tf.stop_gradient, [mu[:, None], sigma[:, None]]))
             log_posterior = tf.reduce_sum(frozen.log_prob(codes), 2)  # [n, training_codes]
             log_weights = log_likelihood + prior.log_prob(codes) - log_posterior
@@ -148,21 +148,21 @@ class Network:
         num_samples = tf.placeholder_with_default(100, [], 'num_samples')
         # The noise depends on the seed alone: the same samples grow sharper as training goes on.
         samples = self.decoder(prior.sample(num_samples, self.seed)).mean()
-        return Optimization(optimize, tf.identity(samples, 'samples'), elbo, divergence)
+        return Model(optimize, tf.identity(samples, 'samples'), elbo, divergence)
 
     def _reconstruct(self, images, noise):
         """Returns the posteriors' mu and sigma `[n, code_size]`, codes drawn from them
-        `[n, training_codes, code_size]`, and log p(x|z) of each code."""
+        `[n, training_codes, code_size]`, and log p(x|z), `[n, training_codes]`."""
         posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
         codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
         logits = self.decoder(tf.reshape(codes, [-1, self.code_size])).logits
         logits = tf.reshape(logits, [-1, self.training_codes, *self.image_shape])
-        likelihood = tf.distributions.Bernoulli(logits)
+        likelihood = tf.distributions.Bernoulli(logits, dtype=tf.float32)
         return mu, sigma, codes, tf.reduce_sum(likelihood.log_prob(images[:, None]), [2, 3])
 
     def _lstm(self, images):
-        """Returns the outputs of all steps side by side, `[n, height * lstm_units]`."""
+        """Returns the outputs of all steps, one for each row, as `[n, height * lstm_units]`."""
         units, (height, width) = self.lstm_units, self.image_shape
         # The inputs of all steps are multiplied at once, outside of the recurrence.
         rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
@@ -172,7 +172,7 @@ class Network:
                                  initializer=tf.orthogonal_initializer())
         outputs = []
         output = cell = tf.zeros([tf.shape(images)[0], units])
-        # TensorFlow's gradients of `+` and `*` also handle broadcasting: a second of each start.
+        # TensorFlow's gradients of `+` and `*` handle broadcasting, which delays the start by 1 s.
         overrides = dict.fromkeys(['Add', 'AddV2', 'Mul'], 'EqualShapes')
         with tf.get_default_graph().gradient_override_map(overrides):
             for gates in tf.split(inputs, height):
@@ -217,7 +217,7 @@ def _in_halves(function, *tensors):
     """Calls `function` on both halves of a batch, which run in parallel, and joins the results.
     Without this, a step takes 1.2 times as long."""
     count = tf.shape(tensors[0])[0]
-    # A single image goes into both halves, as convolutions of empty batches have no gradient.
+    # Convolutions of empty batches have no gradient: a single image is computed twice, kept once.
     first = function(*[tensor[:tf.maximum(count // 2, 1)] for tensor in tensors])
     second = function(*[tensor[count // 2:] for tensor in tensors])
     return [tf.concat(halves, 0)[:count] for halves in zip(first, second)]

@@ -148,10 +148,10 @@ def test_other_files_are_left_alone_and_at_most_nine_are_listed(folder):
     assert re.search('a, b, c, d, e, f, g, h, i[^,].* .npz', refusal(folder))
     write_set(folder / 'incomplete', make_set(9)[:3])
     write_set(folder / 'floats', ARRAYS, pack=lambda content: b'\0\0\r' + content[3:])
-    for name in 'a', 'missing.npz', 'incomplete', 'floats':
-        refusal(folder / name)
-    np.savez(str(folder / 'objects.npz'), x_train=None)
-    assert 'allow_pickle' in refusal(folder / 'objects.npz')
+    assert all(refusal(folder / name) for name in ['a', 'missing.npz', 'incomplete', 'floats'])
+    for array, text in (None, 'allow_pickle'), (IMAGES, 'x_test is not a file'):
+        np.savez(str(folder / 'mine.npz'), x_train=array)
+        assert text in refusal(folder / 'mine.npz')
     load(folder / 'z', ARRAYS)
 
 

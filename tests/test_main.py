@@ -33,7 +33,7 @@ PLOTS = ['new_images.png', 'training_curves.png', 'reconstructions.png', 'latent
 MODEL = ['new_model.ckpt' + end for end in ('.meta', '.index', '.data-00000-of-00001')]
 # Matplotlib could take this for mathematics, its font lacks a letter, and it is long for a title.
 SET = 'a$\\frac$b, \u5b57, a set whose name is longer than any title of a figure.npz'
-INTERRUPTED = 'Interrupted. --resume continues after the last complete epoch.\n'
+INTERRUPTED = 'Interrupted. --resume continues after the last epoch that ended.\n'
 both_runs = pytest.mark.parametrize('i', [0, 1], ids=['default', 'all flags'])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it.
 
@@ -149,7 +149,7 @@ def test_prints_and_writes_what_it_says(runs, i):
         'logs', 'checkpoint', 'training_state.npz', 'metrics.json', *PLOTS, *MODEL}
 
     settings = vars(main.parse_arguments(['--data-dir', str(runs.sets[i]), *FLAGS[i]]))
-    assert dict(content['settings'], resume=False) == settings
+    assert dict(content['settings'], resume=False, output_dir='.') == settings
     assert content['versions']['tensorflow'] == tf.VERSION and content['dataset'] == name
     log, = folder.glob(content['log_dir'] + '/*')
     events = [event for event in tf.train.summary_iterator(str(log)) if event.summary.value]
@@ -283,8 +283,7 @@ def test_resume_writes_lost_files(command, runs, copies, figures, monkeypatch):
     for texts in pairs.get_yticklabels(), scatter.get_legend().get_texts():
         assert [text.get_text() for text in texts] == list(map(str, classes))
     elbos = [session.run('elbo:0', {'images:0': part}) for part in np.split(images, [25, 50])]
-    assert metrics(folder)['test']['negative_elbo'] == pytest.approx(
-        np.dot([25, 25, 10], elbos) / -60)
+    assert results(folder)[2]['negative_elbo'] == pytest.approx(np.dot([25, 25, 10], elbos) / -60)
 
     codes = session.run('mu:0', {'images:0': images})
     starts = codes[parts[1::3, 1]]  # Ten images, from all classes alike.
@@ -293,11 +292,10 @@ def test_resume_writes_lost_files(command, runs, copies, figures, monkeypatch):
     for column, code in (0, starts), (5, (starts + ends) / 2), (10, ends):
         expected = session.run('reconstruction:0', {'code:0': code})
         assert_allclose(shown[:, column], expected, atol=1e-5)
-    centres = codes[parts[:26]].mean(1)
-    directions = np.linalg.eigh(np.cov(centres.T))[1][:, :-3:-1]  # Those of the largest variances.
+    centres = codes[parts[:26]].mean(1)  # The last two directions have the largest variances.
     for points, part in zip(scatter.collections, parts):
-        expected = abs(codes[part] @ directions)  # The signs are arbitrary.
-        assert_allclose(abs(points.get_offsets()), expected, atol=1e-3)
+        expected = abs(codes[part] @ np.linalg.eigh(np.cov(centres.T))[1][:, :-3:-1])
+        assert_allclose(abs(points.get_offsets()), expected, atol=1e-3)  # The signs are arbitrary.
 
 
 def test_more_epochs_train_on(command, runs, copies, figures):
@@ -328,7 +326,9 @@ def test_log_likelihood_has_a_closed_form(monkeypatch):
     images = np.uint8(255) * np.tri(60, 60, -1, np.uint8)[:, None]  # Image i has i white pixels.
     log_p, result = (np.arange(60) / 60) ** 2 / 2, main.log_likelihood(Session(), images, 5000)
     assert result == pytest.approx((-log_p.mean(), log_p.std() / 60 ** .5), rel=.05)
-    assert main.log_likelihood(Session(), np.uint8(128) * (images > 0), 1) != (0, 0)  # Binarised.
+    binary, grey, black = (main.log_likelihood(Session(), pixels, 3) for pixels in (
+        data.binarise(images // 2, 0), images // 2, 0 * images))
+    assert binary == grey and black == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_refuses_to_resume(command, runs, copies, tmp_path):
