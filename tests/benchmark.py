@@ -18,7 +18,7 @@ import data
 import main
 from main import tf
 
-STEPS = 400
+STEPS = 200
 
 
 def run():
