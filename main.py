@@ -335,7 +335,7 @@ def save_state(folder, record, arrays):
     """Replaces metrics.json and the state, which is all that `--resume` reads."""
     file = io.BytesIO()
     np.savez(file, record=json.dumps(record), **arrays)
-    write_atomically(folder / STATE, file.getbuffer())
+    write_atomically(folder / STATE, file.getvalue())
     metrics = dict(record, best_epoch=best_epoch(record['history']))
     write_atomically(folder / 'metrics.json', json.dumps(metrics, indent=2).encode())
 
