@@ -119,7 +119,7 @@ def write_atomically(path, content):
 
 
 def find(data_dir):
-    """Returns the paths of the uppermost set: a dict by the names in `KEYS`, or by 'npz' alone."""
+    """Returns the paths of the named or uppermost set, by the names in `KEYS` or by 'npz' alone."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
@@ -191,7 +191,7 @@ def download_missing(data_dir):
     """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
     `ConnectionError` if this fails."""
     present = {path.name: path for path in data_dir.glob('[!.]*')}
-    if not data_dir.is_dir() and find(data_dir):  # An .npz file, or a prefix of files' names.
+    if not data_dir.is_dir() and find(data_dir):  # An .npz file or 'folder/emnist-letters'.
         return
     if any(name not in FILES or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]
            for name, path in present.items()):

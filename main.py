@@ -46,7 +46,7 @@ WARM_UP = .1  # Share of the steps in which the learning rate rises; then it fal
 TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
 CHUNK = 1000  # Images evaluated at once.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,  # The two halves of a batch.
+SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,  # See model._in_halves.
                                 intra_op_parallelism_threads=max(1, CORES // 2))
 COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',  # A palette that is safe for
           '#882255', '#44aa99', '#999933', '#aa4499', '#000000']  # colour-blind readers.
@@ -73,7 +73,7 @@ def parse_arguments(arguments=None, **settings):
     add('--epochs', type=number(1, 10 ** 6), default=14, help='passes over the training images')
     add('--batch-size', type=number(1, 10 ** 6), default=256, help='images per step')
     add('--learning-rate', type=number(0., 1e6), default=.012,
-        help='highest step size of Adam; it rises to this, then falls to zero at the last epoch')
+        help='highest step size of Adam; it rises to this, then falls linearly to zero')
     add('--code-size', type=number(2, 10 ** 4), default=14, help='dimensions of the latent code')
     add('--mixture-components', type=number(1, 10 ** 5), default=1,
         help='Gaussians in a learned prior; 1 is the standard normal')
@@ -170,7 +170,7 @@ def run(arguments):
                 totals += [-elbo * len(images), divergence.sum()]
                 bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence.mean())])
             training = totals / len(dataset.train_images)
-            validation = evaluate(session, model, dataset.validation_images)
+            *validation, _ = evaluate(session, model, dataset.validation_images)
             if not np.isfinite(validation[0]):
                 raise RunError('--learning-rate: training diverged in epoch %d' % epoch)
             history.append({
@@ -178,7 +178,7 @@ def run(arguments):
                 'training_negative_elbo': training[0], 'training_divergence': training[1],
                 'validation_negative_elbo': validation[0], 'validation_divergence': validation[1]})
             print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
-                  % (epoch, args.epochs, training[0], *validation[:2], history[-1]['seconds']),
+                  % (epoch, args.epochs, training[0], *validation, history[-1]['seconds']),
                   flush=True)
             arrays.update(session.run(variables('last/')))
             if best_epoch(history) == epoch:
@@ -200,7 +200,7 @@ def main(arguments=None):
         message, code = 'Interrupted. --resume continues after the last epoch that ended.', 130
     except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
             tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
-        line = str(error).split('\n\t [[')[0].split('\n')[-1]  # The line above "[[node", if any.
+        line = str(error).split('\n\t [[')[0].split('\n')[-1]  # Or the one above "[[node".
         message, code = 'Error: %s' % (line or repr(error)), 1
     print(message, file=sys.stderr)
     return code
@@ -357,7 +357,7 @@ def portable_graph(saver, saved):
     for node in meta_graph.graph_def.node:
         if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
             node.op = 'Add'
-        # TensorFlow 1.14 does not know the first two, and users have not registered the third.
+        # TensorFlow 1.14 does not know the first two; the third names a gradient of model.py.
         for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
             del node.attr[name]
     listed = meta_graph.collection_def['variables'].bytes_list.value

@@ -139,7 +139,7 @@ class Network:
             # GATE_GRAPH builds fewer operations, so that training starts sooner.
             optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
 
-        # Users fetch these by name, also for codes that they feed.
+        # Unlike `elbo` and `bound`, these hold for codes that users feed, too.
         likelihood = self.decoder(code)
         tf.identity(likelihood.mean(), 'reconstruction')
         log_p = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
