@@ -292,9 +292,9 @@ def test_resume_writes_lost_files(command, runs, copies, figures, monkeypatch):
     for column, code in (0, starts), (5, (starts + ends) / 2), (10, ends):
         expected = session.run('reconstruction:0', {'code:0': code})
         assert_allclose(shown[:, column], expected, atol=1e-5)
-    centres = codes[parts[:26]].mean(1)  # The last two directions have the largest variances.
+    directions = np.linalg.eigh(np.cov(codes[parts[:26]].mean(1).T))[1][:, :-3:-1]  # Main ones.
     for points, part in zip(scatter.collections, parts):
-        expected = abs(codes[part] @ np.linalg.eigh(np.cov(centres.T))[1][:, :-3:-1])
+        expected = abs(codes[part] @ directions)
         assert_allclose(abs(points.get_offsets()), expected, atol=1e-3)  # The signs are arbitrary.
 
 
