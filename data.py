@@ -121,16 +121,16 @@ def write_atomically(path, content):
 def find(data_dir):
     """Returns the paths of the named or uppermost set, by the names in `KEYS` or by 'npz' alone."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
-        return {'npz': data_dir}
+        return {'npz': data_dir}  # `read` refuses other files.
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
     for depth in range(1 if set_name else 4):
         found = {}
         for path in sorted(folder.glob('[!.]*/' * depth + '[!.]*')):
             match = IDX_NAME.fullmatch(path.name)
             key = 'npz' if path.suffix == '.npz' and not set_name else None
-            if match and (not set_name or set_name == match.group(1)) and not path.is_dir():
-                key = 'x_' if match.group(3) == 'images' else 'y_'
-                key += 'train' if match.group(2) == 'train' else 'test'
+            if match and set_name in (None, match.group(1)) and path.is_file():
+                part, kind = match.group(2, 3)
+                key = ('x_' if kind == 'images' else 'y_') + part.replace('t10k', 'test')
             if key and path.with_suffix('') not in found.get(key, []):  # Skips file.gz after file.
                 found.setdefault(key, []).append(path)
         if found:
@@ -191,7 +191,7 @@ def download_missing(data_dir):
     """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
     `ConnectionError` if this fails."""
     present = {path.name: path for path in data_dir.glob('[!.]*')}
-    if not data_dir.is_dir() and find(data_dir):  # An .npz file or 'folder/emnist-letters'.
+    if not data_dir.is_dir() and find(data_dir):  # Not a new folder, but a file or a set's name.
         return
     if any(name not in FILES or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]
            for name, path in present.items()):
@@ -229,7 +229,7 @@ def synthesize(count, seed):
                 ImageDraw.Draw(glyphs[-1]).text((28, 30), str(digit), 255, font, anchor='mm')
     rng = np.random.RandomState(seed)
     picks = rng.randint(len(glyphs), size=count)
-    corners = [0, 0, 0, 56, 56, 56, 56, 0] + rng.uniform(-9, 9, [count, 8])  # x, y anticlockwise.
+    corners = [0, 0, 0, 56, 56, 56, 56, 0] + rng.uniform(-9, 9, [count, 8])  # x, y, for QUAD.
     images = [glyphs[pick].transform((28, 28), Image.QUAD, quad, Image.BILINEAR)
               for pick, quad in zip(picks, corners)]
     return np.stack([np.asarray(image) for image in images]), np.uint8(picks % 10)

@@ -28,8 +28,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # Silence TensorFlow's C++ log.
-stderr = os.dup(2)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow 2 logs to stderr at any level.
+stderr = os.dup(2)  # TensorFlow 2 logs to it while it is imported, at any level.
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
     import tensorflow.compat.v1 as tf
 finally:
@@ -45,8 +45,9 @@ MODEL, STATE = 'new_model.ckpt', 'training_state.npz'
 WARM_UP = .1  # Share of the steps in which the learning rate rises; then it falls to zero.
 TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
 CHUNK = 1000  # Images evaluated at once.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,  # See model._in_halves.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+# The halves of a batch run side by side (model._in_halves), each on half of the cores.
+SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,
                                 intra_op_parallelism_threads=max(1, CORES // 2))
 COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',  # A palette that is safe for
           '#882255', '#44aa99', '#999933', '#aa4499', '#000000']  # colour-blind readers.
@@ -70,7 +71,7 @@ def parse_arguments(arguments=None, **settings):
     add('--data-dir', default='MNIST_data', type=os.path.abspath,
         help='folder or .npz file of shuffled images; MNIST is downloaded into a new folder')
     add('--output-dir', default='.', help='folder for everything that is written')
-    add('--epochs', type=number(1, 10 ** 6), default=14, help='passes over the training images')
+    add('--epochs', type=number(1, 10 ** 6), default=12, help='passes over the training images')
     add('--batch-size', type=number(1, 10 ** 6), default=256, help='images per step')
     add('--learning-rate', type=number(0., 1e6), default=.012,
         help='highest step size of Adam; it rises to this, then falls linearly to zero')
@@ -130,9 +131,10 @@ def run(arguments):
     model = build(args, dataset)
     sizes = [v.shape.num_elements() for v in tf.trainable_variables()]
     print('Model: {:,} parameters.'.format(sum(sizes)), flush=True)
-    saved = tf.trainable_variables() + [tf.train.get_global_step()]  # The step seeds the noise.
+    # The step seeds the noise (see `optimization`): a restored model draws the same codes.
+    saved = tf.trainable_variables() + [tf.train.get_global_step()]
     saver = tf.train.Saver(saved, save_relative_paths=True)
-    graph = portable_graph(saver, saved)
+    meta_graph = portable_graph(saver, saved)
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     with tf.Session(config=SESSION_CONFIG) as session, \
@@ -143,7 +145,7 @@ def run(arguments):
             samples = samples_png(session.run(model.samples))
             if best_epoch(history) == history[-1]['epoch']:
                 saver.save(session, str(folder / MODEL), write_meta_graph=False)
-                write_atomically(folder / (MODEL + '.meta'), graph)
+                write_atomically(folder / (MODEL + '.meta'), meta_graph)
                 write_atomically(folder / 'new_images.png', samples)
             write_atomically(folder / 'training_curves.png', curves_png(history, dataset.name))
             log.add_summary(summary(history[-1], samples), len(history))
@@ -170,16 +172,16 @@ def run(arguments):
                 totals += [-elbo * len(images), divergence.sum()]
                 bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence.mean())])
             training = totals / len(dataset.train_images)
-            *validation, _ = evaluate(session, model, dataset.validation_images)
-            if not np.isfinite(validation[0]):
+            negative_elbo, divergence, _ = evaluate(session, model, dataset.validation_images)
+            if not np.isfinite(negative_elbo):
                 raise RunError('--learning-rate: training diverged in epoch %d' % epoch)
             history.append({
                 'epoch': epoch, 'seconds': time.time() - epoch_start,
                 'training_negative_elbo': training[0], 'training_divergence': training[1],
-                'validation_negative_elbo': validation[0], 'validation_divergence': validation[1]})
+                'validation_negative_elbo': negative_elbo, 'validation_divergence': divergence})
             print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
-                  % (epoch, args.epochs, training[0], *validation, history[-1]['seconds']),
-                  flush=True)
+                  % (epoch, args.epochs, training[0], negative_elbo, divergence,
+                     history[-1]['seconds']), flush=True)
             arrays.update(session.run(variables('last/')))
             if best_epoch(history) == epoch:
                 arrays.update(session.run(variables('best/')))
@@ -200,14 +202,16 @@ def main(arguments=None):
         message, code = 'Interrupted. --resume continues after the last epoch that ended.', 130
     except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
             tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
-        line = str(error).split('\n\t [[')[0].split('\n')[-1]  # The last one above "[[node".
+        # TensorFlow's messages have many lines: the last one above "[[node" says what happened.
+        line = str(error).split('\n\t [[')[0].split('\n')[-1]
         message, code = 'Error: %s' % (line or repr(error)), 1
     print(message, file=sys.stderr)
     return code
 
 
 def build(args, dataset):
-    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns a `Model`."""
+    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns a `Model`. README.md
+    lists the tensors that are fetched by name."""
     shape = dataset.train_images.shape[1:]
     images = tf.placeholder(tf.float32, [None, *shape], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
@@ -220,7 +224,7 @@ def build(args, dataset):
 
 
 def keep_freed_memory():
-    """Stops malloc from returning memory to the system: steps are 15% faster on TensorFlow 1.14."""
+    """Makes malloc keep freed memory for the next step, 15% faster on TensorFlow 1.14."""
     with contextlib.suppress(OSError, AttributeError):  # Not the GNU C library.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-1, 2 ** 30)  # M_TRIM_THRESHOLD, in bytes.
@@ -251,13 +255,15 @@ def evaluate(session, model, images):
                                            {'images:0': data.to_float(chunk)})
         totals += [-elbo * len(chunk), divergence.sum()]
         codes.append(mu)
-    return (*(totals / len(images)), np.concatenate(codes))
+    negative_elbo, divergence = totals / len(images)
+    return negative_elbo, divergence, np.concatenate(codes)
 
 
 def log_likelihood(session, images, count):
     """Binarises uint8 images `[n, height, width]` and estimates log p(x) by the log of the mean of
-    `count` weights p(x|z) p(z) / q(z|x), z ~ q(z|x): a lower bound in expectation (Y. Burda et al.,
-    2015, arXiv:1509.00519, eq. 8). Returns the mean of -log p(x) and its standard error, in nats.
+    `count` weights p(x|z) p(z) / r(z|x), z ~ r(z|x): a lower bound in expectation (Y. Burda et al.,
+    2015, arXiv:1509.00519, eq. 8). Here r is q with a wider sigma, which gives a tighter bound.
+    Returns the mean of -log p(x) and its standard error, in nats.
     """
     rng = np.random.RandomState(0)
     images = data.to_float(data.binarise(images, TEST_SEED))  # No change if they are binary.
@@ -265,7 +271,7 @@ def log_likelihood(session, images, count):
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
     def weigh(chunk, posterior, noise):
-        mu, sigma = posterior  # Fed, so that the encoder does not run again for each code.
+        mu, sigma = posterior[0], 1.2 * posterior[1]  # Fed: the encoder need not run again.
         return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
                                             'code:0': mu + sigma * noise})
     log_sum = np.full(len(images), -np.inf)  # In float64.
@@ -297,12 +303,18 @@ def report(args, dataset, model, session, record, arrays):
         originals = data.to_float(images[labels == label][:10])
         pair[0, :len(originals)] = originals
         pair[1, :len(originals)] = session.run('reconstruction:0', {'images:0': originals})
-    grid = code_grid(codes, labels)
-    decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, args.code_size)})
-    decoded = decoded.reshape(*grid.shape[:2], *images.shape[1:])
     write_atomically(folder / 'reconstructions.png', reconstructions_png(pairs, classes, name))
+
+    centre, directions = class_plane(codes, labels, classes)
+    points = (codes - centre) @ directions.T  # [n, 2]
+    low, high = np.percentile(points, [1, 99], axis=0)
+    x, y = (low + (high - low) * (np.arange(20)[:, None] + .5) / 20).T
+    grid = centre + np.stack(np.meshgrid(x, y[::-1]), -1) @ directions  # [20, 20, code_size]
+    decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, args.code_size)})
+    decoded = decoded.reshape(20, 20, *images.shape[1:])
+    limits = low[0], high[0], low[1], high[1]
     write_atomically(folder / 'latent_space.png',
-                     latent_space_png(decoded, codes, labels, classes, name))
+                     latent_space_png(decoded, limits, points, labels, classes, name))
 
     if args.importance_samples:
         nll, error = log_likelihood(session, images, args.importance_samples)
@@ -322,7 +334,8 @@ def variables(prefix):
 
 
 def assign(session, arrays, prefix):
-    """Sets the variables to values of the state, fed in place of their initial values."""
+    """Sets the variables to values of the state, fed to their initialisers in place of the initial
+    values: this adds no operation to the graph."""
     targets = variables(prefix)
     try:
         session.run([v.initializer for v in targets.values()],
@@ -332,7 +345,7 @@ def assign(session, arrays, prefix):
 
 
 def save_state(folder, record, arrays):
-    """Replaces metrics.json and the state, which is all that `--resume` reads."""
+    """Replaces the state, all that `--resume` reads, and metrics.json, which people read."""
     file = io.BytesIO()
     np.savez(file, record=json.dumps(record), **arrays)
     write_atomically(folder / STATE, file.getvalue())
@@ -343,7 +356,7 @@ def save_state(folder, record, arrays):
 def load_state(folder):
     """Returns the record and the arrays of a state."""
     try:
-        with np.load(str(folder / STATE)) as file:  # Never unpickles.
+        with np.load(str(folder / STATE), allow_pickle=False) as file:
             arrays = dict(file)
         return json.loads(str(arrays.pop('record'))), arrays
     except Exception as error:  # Corrupt files can raise anything.
@@ -368,16 +381,13 @@ def portable_graph(saver, saved):
 # ------------------------------------------------------------------------------------------ Plots
 
 
-def code_grid(codes, labels):
-    """Returns codes to decode, `[rows, columns, code_size]`: for two dimensions a plane at
-    percentiles of `codes`, else interpolations between ten of them, sorted by label."""
-    if codes.shape[1] == 2:
-        x, y = np.percentile(codes, np.arange(2.5, 100, 5), axis=0).T
-        return np.stack(np.meshgrid(x, y[::-1]), -1)
-    middles = (2 * np.arange(10) + 1) * len(codes) // 20  # Of ten equal parts.
-    starts = codes[np.argsort(labels, kind='stable')[middles]][:, None]  # [10, 1, code_size]
-    ends = np.roll(starts, -1, 0)
-    return starts + np.linspace(0, 1, 11)[:, None] * (ends - starts)
+def class_plane(codes, labels, classes):
+    """Returns the plane in which the classes' mean codes differ most: a point in it, `[code_size]`,
+    and two orthonormal directions, `[2, code_size]`. Codes of two dimensions have one plane only.
+    """
+    means = np.stack([codes[labels == label].mean(0) for label in classes])
+    centre = means.mean(0)
+    return centre, np.linalg.svd(means - centre)[2][:2]
 
 
 def mosaic(grid):
@@ -432,36 +442,27 @@ def reconstructions_png(pairs, classes, name):
     count, _, _, height, width = pairs.shape
     figure = Figure(figsize=(6, 1 + count * (height + 1) / (width + 1)), tight_layout=True)
     axes = figure.subplots()
+    # The pair of class i lies from i - .5 to i + .5, so that its label stands beside it.
     show(axes, pairs.reshape(-1, 10, height, width), [0, 10, count - .5, -.5])
     axes.set(title='Test images, and below each its reconstruction', ylabel='class', xticks=[],
              yticks=range(count), yticklabels=classes)
     return figure_png(figure, name)
 
 
-def latent_space_png(decoded, codes, labels, classes, name):
-    """Shows images decoded from `code_grid`, `[rows, columns, height, width]`, beside the codes of
-    the test images, `[n, code_size]`, of these classes."""
+def latent_space_png(decoded, limits, points, labels, classes, name):
+    """Shows images decoded from a plane, `[rows, columns, height, width]`, beside the codes of the
+    test images in it, `[n, 2]`."""
     figure = Figure(figsize=(13.5, 6.9), tight_layout=True)
     left, right = figure.subplots(1, 2)
-    if codes.shape[1] == 2:
-        points = codes
-        show(left, decoded, [0, 100, 0, 100])
-        left.set(title='Decoded codes, at percentiles of those of the test images',
-                 xlabel='dimension 1', ylabel='dimension 2')
-        right.set(title='Codes of the test images', xlabel='dimension 1', ylabel='dimension 2')
-    else:
-        centres = np.stack([codes[labels == label].mean(0) for label in classes])
-        directions = np.linalg.svd(centres - centres.mean(0))[2]
-        points = codes @ directions[:2].T
-        show(left, decoded, [-.05, 1.05, len(decoded), 0])  # Columns are at 0, .1, ..., 1.
-        left.set(title='Decoded interpolations between the codes of two test images',
-                 xlabel="share of the second image's code", yticks=[])
-        right.set(title='Codes of the test images, in the main plane of the class centres',
-                  xlabel='direction 1', ylabel='direction 2')
+    show(left, decoded, limits)
+    left.set(title='Images decoded from a plane of codes')
     for i, label in enumerate(classes):
         right.scatter(*points[labels == label].T, s=4, color=COLORS[i % 10], label=label,
                       marker='o^s'[i // 10], linewidths=0, alpha=.6)
+    right.set(title='Codes of the test images, projected onto this plane')
     right.legend(title='class', markerscale=4, loc='center left', bbox_to_anchor=(1, .5))
+    for axes in left, right:
+        axes.set(xlabel='direction 1', ylabel='direction 2')
     return figure_png(figure, name)
 
 

@@ -12,7 +12,7 @@ References:
         (eq. 3), the reparameterisation (section 2.4), the divergence (appendix B).
     J. Tomczak and M. Welling, VAE with a VampPrior, 2018, arXiv:1705.07120: learned priors.
     Y. Burda et al., Importance Weighted Autoencoders, 2015, arXiv:1509.00519: many codes (eq. 8).
-    G. Roeder et al., Sticking the Landing, 2017, arXiv:1703.09194: the gradient for many codes.
+    G. Roeder et al., Sticking the Landing, 2017, arXiv:1703.09194: a gradient with less noise.
 """
 
 import collections
@@ -61,16 +61,18 @@ class Network:
         with tf.variable_scope('decoder', reuse=tf.AUTO_REUSE):
             (first, second), (height, width) = self.channels, self.image_shape
             hidden = _activation(_dense(code, self.dense_units, 'dense_1'))
+            # Skip connections keep more dimensions in use (A. B. Dieng et al., 2019).
+            hidden = tf.concat([hidden, code], 1)
             hidden = _activation(_dense(hidden, self.dense_units, 'dense_2'))
-            # This skip connection keeps more dimensions in use (A. B. Dieng et al., 2019).
             hidden = tf.concat([hidden, code], 1)
             hidden = _activation(_dense(hidden, height * width // 16 * first, 'dense_3'))
             maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
-            maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1', [second]))
+            maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1'))
             # The four channels are four adjacent pixels of a row: faster than a stride of 4.
-            maps = _conv_transpose(maps, channels=4, size=4, bias_init=self.initial_logits,
-                                   bias_shape=[height, width // 4, 4], name='conv_transpose_2')
-            logits = tf.reshape(maps, [-1, height, width])
+            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2')
+            initial = tf.constant_initializer(self.initial_logits)
+            bias = tf.get_variable('pixel_bias', self.image_shape, initializer=initial)
+            logits = tf.reshape(maps, [-1, height, width]) + bias
             return tf.distributions.Bernoulli(logits, dtype=tf.float32)  # For grey images, too.
 
     def prior(self):
@@ -103,15 +105,13 @@ class Network:
         """
         step = tf.train.get_or_create_global_step()
         # Each batch has its own noise, the same in every run. The batches of an evaluation share a
-        # step, so the noise also depends on the sum of the images.
+        # step, so the sum of the images goes into the upper 32 bits of the seed.
         seed = self.seed + tf.cast(tf.reduce_sum(images), tf.int64) * 2 ** 32
-        # The raw operation, as `tf.random.stateless_normal` builds another one in TensorFlow 2.
+        # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
         noise = tf.raw_ops.StatelessRandomNormal(
-            shape=[tf.shape(images)[0], self.training_codes, self.code_size],
-            seed=tf.stack([seed, step]))
-        mu, sigma, codes, log_likelihood = _in_halves(self._reconstruct, images, noise)
-        # Users may feed `mu`, `sigma` and `code`. This does not change `log_likelihood`, so they
-        # must not fetch `elbo` or `bound` then.
+            shape=[tf.shape(images)[0], self.training_codes, self.code_size], seed=[seed, step])
+        mu, sigma, codes, log_likelihood = _in_halves(self._encode_and_decode, images, noise)
+        # Users may feed these three. Then `elbo` is wrong: `log_likelihood` is of the codes above.
         mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
         code = tf.identity(codes[:, 0], 'code')
         posterior, prior = tf.distributions.Normal(mu, sigma), self.prior()
@@ -121,16 +121,16 @@ class Network:
         if self.mixture_components == 1:
             divergence = tf.reduce_sum(posterior.kl_divergence(tf.distributions.Normal(0., 1.)), 1)
         divergence = tf.identity(divergence, 'divergence')
-        elbo = objective = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
+        elbo = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
 
-        if self.training_codes > 1:
-            # No gradient flows through log q's own parameters. This is biased (Tucker et al., 2018,
-            # arXiv:1810.04152), but trains to a better bound.
-            frozen = tf.distributions.Normal(*map(tf.stop_gradient, [mu[:, None], sigma[:, None]]))
-            log_posterior = tf.reduce_sum(frozen.log_prob(codes), 2)  # [n, training_codes]
-            log_weights = log_likelihood + prior.log_prob(codes) - log_posterior
-            bound = tf.reduce_logsumexp(log_weights, 1) - math.log(self.training_codes)
-            objective = tf.reduce_mean(bound, name='bound')
+        # With one code, `bound` estimates the ELBO. Its gradient leaves out log q's own parameters,
+        # for less noise (Roeder et al.). With several codes, that is biased (G. Tucker et al.,
+        # 2018, arXiv:1810.04152), but trains to a better bound.
+        frozen = tf.distributions.Normal(*map(tf.stop_gradient, [mu[:, None], sigma[:, None]]))
+        log_posterior = tf.reduce_sum(frozen.log_prob(codes), 2)  # [n, training_codes]
+        log_weights = log_likelihood + prior.log_prob(codes) - log_posterior
+        bound = tf.reduce_logsumexp(log_weights, 1) - math.log(self.training_codes)
+        objective = tf.reduce_mean(bound)
         if self.weight_decay:
             objective -= self.weight_decay * tf.add_n([
                 tf.nn.l2_loss(v) for v in tf.trainable_variables() if 'kernel' in v.op.name])
@@ -139,18 +139,18 @@ class Network:
             # GATE_GRAPH builds fewer operations, so that training starts sooner.
             optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
 
-        # Unlike `elbo` and `bound`, these hold for codes that users feed, too.
+        # For users. Unlike `elbo`, these hold for codes that are fed, too.
         likelihood = self.decoder(code)
         tf.identity(likelihood.mean(), 'reconstruction')
         log_p = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
         tf.subtract(log_p, log_ratio, 'log_weight')
         tf.identity(prior.means, 'prior_mean')
         num_samples = tf.placeholder_with_default(100, [], 'num_samples')
-        # The noise depends on the seed alone: the same samples grow sharper as training goes on.
+        # The noise depends on the seed alone, so that one sees samples improve in training.
         samples = self.decoder(prior.sample(num_samples, self.seed)).mean()
         return Model(optimize, tf.identity(samples, 'samples'), elbo, divergence)
 
-    def _reconstruct(self, images, noise):
+    def _encode_and_decode(self, images, noise):
         """Returns the posteriors' mu and sigma `[n, code_size]`, codes drawn from them
         `[n, training_codes, code_size]`, and log p(x|z), `[n, training_codes]`."""
         posterior = self.encoder(images)
@@ -197,7 +197,7 @@ class Mixture(typing.NamedTuple):
 
     def log_prob(self, value):
         """Returns the log density `[...]`, in nats, of points `[..., size]`."""
-        # The squares of (value - mean) / scale, summed over dimensions by two matrix products.
+        # The sum of ((value - mean) / scale) ** 2, without an array of [..., components, size].
         precision = self.scales ** -2
         squares = (tf.tensordot(value ** 2, precision, [[-1], [1]])
                    - 2 * tf.tensordot(value, self.means * precision, [[-1], [1]])
@@ -230,11 +230,11 @@ def _dense(inputs, units, name, bias_init=0.):
         return tf.nn.xw_plus_b(inputs, kernel, bias)
 
 
-def _conv_transpose(maps, channels, size, name, bias_shape, bias_init=0.):
+def _conv_transpose(maps, channels, size, name):
     """Doubles the height of `maps`, `[n, height, width, channels]`, by a kernel `[size, 2]`."""
     with tf.variable_scope(name):
         _, height, width, depth = maps.shape.as_list()
         kernel = tf.get_variable('kernel', [size, 2, channels, depth])
-        bias = tf.get_variable('bias', bias_shape, initializer=tf.constant_initializer(bias_init))
+        bias = tf.get_variable('bias', [channels], initializer=tf.zeros_initializer())
         shape = [tf.shape(maps)[0], 2 * height, width, channels]
         return tf.nn.conv2d_transpose(maps, kernel, shape, [1, 2, 1, 1]) + bias

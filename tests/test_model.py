@@ -99,7 +99,7 @@ def test_defaults_and_initial_weights():
     assert first['decoder/dense_3/kernel'].shape == (384 + 14, 7 * 7 * 32)
     assert first['decoder/conv_transpose_1/kernel'].shape == (3, 2, 32, 32)
     constants = {'encoder/lstm/input/bias': np.repeat([0, 1, 0, 0], 24), 'prior/logits': 0,
-                 'prior/scale': .5, 'decoder/conv_transpose_2/bias': logits.reshape(28, 7, 4)}
+                 'prior/scale': .5, 'decoder/pixel_bias': logits}
     for name, value in first.items():
         assert_array_equal(value, again[name])
         if 'bias' in name or name in constants:
@@ -153,7 +153,7 @@ def test_encoder(small):
 
 
 def test_decoder(small):
-    """The decoder equals dense layers, a skip connection and transposed convolutions in NumPy."""
+    """The decoder equals dense layers, skip connections and transposed convolutions in NumPy."""
     code, weights = np.random.RandomState(1).randn(3, 7), named(small.session)
 
     def conv_transpose(maps, name, margin):
@@ -166,11 +166,13 @@ def test_decoder(small):
         return large[:, margin:margin + 2 * height, :width] + weights[name + '/bias']
 
     hidden = dense(weights, code, 'decoder/dense_1', .1)
-    hidden = np.hstack([dense(weights, hidden, 'decoder/dense_2', .1), code])
-    maps = dense(weights, hidden, 'decoder/dense_3', .1).reshape(3, 3, 5, 6)
+    for name in 'decoder/dense_2', 'decoder/dense_3':
+        hidden = dense(weights, np.hstack([hidden, code]), name, .1)
+    maps = hidden.reshape(3, 3, 5, 6)
     maps = conv_transpose(maps, 'decoder/conv_transpose_1', 0)
     maps = np.maximum(maps, .1 * maps)
     logits = conv_transpose(maps, 'decoder/conv_transpose_2', 1).reshape(3, *SHAPE)
+    logits += weights['decoder/pixel_bias']
     assert_allclose(fetch(small, 'reconstruction', code=code), sigmoid(logits), 1e-3, 1e-5)
 
 
@@ -178,8 +180,8 @@ def test_extreme_logits(small):
     """The ELBO is exact and its gradient finite where probabilities round to 0 or 1."""
     images, logits = pictures(3), np.resize([-1e4, -30., 30., 1e4], SHAPE)
     images[:2] = [[[0.]], [[1.]]]
-    kernel, bias = tf.trainable_variables('decoder')[-2:]
-    assign(small.session, {kernel: np.zeros(kernel.shape), bias: logits.reshape(bias.shape)})
+    kernel, bias, pixel_bias = tf.trainable_variables('decoder')[-3:]
+    assign(small.session, {kernel: np.zeros(kernel.shape), bias: [0.] * 4, pixel_bias: logits})
     elbo, divergence = fetch(small, 'elbo divergence', images=images)
     expected = np.sum(images * logits - np.logaddexp(0, logits), (1, 2)) - divergence
     assert_allclose(elbo, expected.mean(), rtol=1e-5)
@@ -247,8 +249,8 @@ def slots(end):
 
 
 def test_training_gradient(small):
-    """The gradient of each variable equals finite differences of the objective. This is the ELBO
-    or, for several codes, the log-mean-exp of log_weight with fixed parameters of q(z|x) in it."""
+    """The gradient of each variable equals finite differences of the objective, the log-mean-exp of
+    log_weight over the codes, with fixed parameters in its log q(z|x)."""
     session, images, rng = small.session, pictures(8, seed=3), np.random.RandomState(0)
     codes, parameters = small.network.training_codes, fetch(small, 'mu sigma', images=images)
     noise, = [op.outputs[0] for op in session.graph.get_operations()
@@ -259,13 +261,9 @@ def test_training_gradient(small):
         mu, sigma = fetch(small, 'mu sigma', images=images)
         log_weights = [fetch(small, 'log_weight', images=images, code=mu + sigma * noise,
                              **dict(zip(['mu', 'sigma'], parameters))) for noise in noises]
-        bound = fetch(small, 'elbo', images=images)
-        if codes > 1:
-            bound = np.logaddexp.reduce(log_weights).mean() - np.log(codes)
+        bound = np.logaddexp.reduce(log_weights).mean() - np.log(codes)
         kernels = [value for name, value in named(session).items() if name.endswith('kernel')]
         return bound - small.network.weight_decay * sum(map(np.sum, map(np.square, kernels))) / 2
-    if codes > 1:
-        assert_allclose(fetch(small, 'bound', images=images), objective(), 1e-4)
     session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
     for variable, moment in zip(tf.trainable_variables(), session.run(slots('/Adam'))):
         gradient = np.float64(moment) / .1  # Adam's moment is 1 - beta1 of it.
@@ -277,7 +275,7 @@ def test_training_gradient(small):
             assign(session, {**small.start, variable: small.start[variable] + step * direction})
             objectives.append(objective())
         difference = (objectives[1] - objectives[0]) / .004
-        assert_allclose(difference, np.sum(gradient * direction), .01, .01, err_msg=variable.name)
+        assert_allclose(difference, np.sum(gradient * direction), .02, .01, err_msg=variable.name)
 
 
 def test_steps_of_adam(small):
