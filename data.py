@@ -4,6 +4,7 @@ All images are uint8 arrays `[n, height, width]`, 0 for paper and 255 for ink. L
 `[n]` for the plots.
 """
 
+import collections
 import gzip
 import hashlib
 import http.client
@@ -15,7 +16,6 @@ import sys
 import typing
 import urllib.request
 import zipfile
-import zlib
 
 import matplotlib
 import numpy as np
@@ -36,8 +36,8 @@ MNIST_FINGERPRINT = '25c98f992c005963'  # Identifies the content of those four f
 IDX_NAME = re.compile(r'(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?')
 KEYS = 'x_train', 'y_train', 'x_test', 'y_test'  # The arrays of a set, as in Keras's .npz files.
 EXPECTED = ("expected four files in MNIST's format, such as train-images-idx3-ubyte.gz, or an "
-            '.npz file of x_train, y_train, x_test and y_test; images are uint8 [n, height, width] '
-            'from 0 to 255 with height and width multiples of 4, labels are integers [n]')
+            '.npz file of x_train, x_test and, if any, y_train, y_test; images are uint8 '
+            '[n, height, width] from 0 to 255, height and width multiples of 4; labels are [n]')
 
 
 class RunError(Exception):
@@ -64,7 +64,7 @@ def load(data_dir):
 
     Returns:
         A `Dataset`, of synthetic digits if that download fails. The first twelfth of the training
-        images is for validation, so shuffle them.
+        images is for validation: files should hold them in random order.
 
     Raises:
         RunError: the files are damaged, incomplete, ambiguous or not supported.
@@ -80,8 +80,7 @@ def load(data_dir):
         name, arrays = 'synthetic digits', [*synthesize(60000, 0), *synthesize(10000, 1)]
     content = b''.join(repr(array.shape).encode() + array.tobytes() for array in arrays)
     fingerprint = hashlib.sha256(content).hexdigest()[:16]
-    if fingerprint == MNIST_FINGERPRINT:
-        name = 'MNIST'
+    name = 'MNIST' if fingerprint == MNIST_FINGERPRINT else name
     images, _, test_images, test_labels = arrays
     count = max(1, len(images) // 12)
     print('Data: %s: %d training, %d validation and %d test images of %d x %d.' % (
@@ -119,20 +118,24 @@ def write_atomically(path, content):
 
 
 def find(data_dir):
-    """Returns the paths of the named or uppermost set, by the names in `KEYS` or by 'npz' alone."""
+    """Returns the paths of a set's files by the names in `KEYS`, or of one file by 'npz'. Searches
+    up to two levels of subfolders, until it finds any."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}  # `read` refuses other files.
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
-    for depth in range(1 if set_name else 4):
-        found = {}
-        for path in sorted(folder.glob('[!.]*/' * depth + '[!.]*')):
+    for subfolders in [''] if set_name else ['', '*/', '*/*/']:
+        found = collections.defaultdict(list)
+        for path in sorted(filter(pathlib.Path.is_file, folder.glob(subfolders + '[!.]*'))):
             match = IDX_NAME.fullmatch(path.name)
-            key = 'npz' if path.suffix == '.npz' and not set_name else None
-            if match and set_name in (None, match.group(1)) and path.is_file():
+            if match and set_name in (None, match.group(1)):
                 part, kind = match.group(2, 3)
                 key = ('x_' if kind == 'images' else 'y_') + part.replace('t10k', 'test')
-            if key and path.with_suffix('') not in found.get(key, []):  # Skips file.gz after file.
-                found.setdefault(key, []).append(path)
+            elif path.suffix == '.npz' and not set_name:
+                key = 'npz'
+            else:
+                continue
+            if path.with_suffix('') not in found[key]:  # Skips file.gz, sorted after file.
+                found[key].append(path)
         if found:
             break
     if len(found) > 1:
@@ -157,21 +160,20 @@ def read(data_dir):
                     arrays = {name: file[name] for name in KEYS if name[0] == 'x' or name in file}
             else:
                 arrays[key] = read_idx(path)
-        except (OSError, EOFError, KeyError, RuntimeError, ValueError, struct.error, zlib.error,
-                zipfile.BadZipFile) as error:  # What a damaged or foreign file raises.
+        except Exception as error:  # Damaged and foreign files can raise anything.
             raise RunError('%s: cannot be read (%s); %s' % (path, error, EXPECTED)) from error
-    for x, y in KEYS[:2], KEYS[2:]:
+    for x, y in KEYS[:2], KEYS[2:]:  # An .npz file may lack labels.
         arrays.setdefault(y, np.zeros(arrays[x].shape[:1], np.uint8))
     arrays = [arrays[key] for key in KEYS]
     shape = arrays[0].shape[1:]
-    if any(size % 4 for size in shape) or not all(
-            images.dtype == np.uint8 and images.ndim == 3 and images.shape[1:] == shape
-            and len(images) > 1 and images.size and images.max() > 1  # Not scaled to 1.
-            and labels.dtype.kind in 'iu' and labels.shape == images.shape[:1]
-            for images, labels in [arrays[:2], arrays[2:]]):
-        raise RunError('%s: holds %s; %s' % (data_dir, ', '.join(
-            '%s %s %s' % (key, array.dtype, list(array.shape))
-            for key, array in zip(KEYS, arrays)), EXPECTED))
+    valid = all(
+        images.dtype == np.uint8 and images.ndim == 3 and images.shape[1:] == shape
+        and len(images) > 1 and images.size and images.max() > 1  # Not scaled to 1.
+        and labels.dtype.kind in 'iu' and labels.shape == images.shape[:1]
+        for images, labels in [arrays[:2], arrays[2:]])
+    if not valid or any(size % 4 for size in shape):
+        found = ', '.join('%s %s %s' % (k, a.dtype, list(a.shape)) for k, a in zip(KEYS, arrays))
+        raise RunError('%s: holds %s; %s' % (data_dir, found, EXPECTED))
     return arrays
 
 
@@ -180,26 +182,24 @@ def read_idx(path):
     content = path.read_bytes()
     if content[:2] == b'\x1f\x8b':
         content = gzip.decompress(content)
-    magic, dimensions = struct.unpack_from('>3sB', content)
-    if magic != b'\0\0\x08':
+    if content[:3] != b'\0\0\x08':
         raise ValueError('not an IDX file of unsigned bytes')
-    shape = struct.unpack_from('>%dI' % dimensions, content, 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    shape = struct.unpack_from('>%dI' % content[3], content, 4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
 def download_missing(data_dir):
     """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
     `ConnectionError` if this fails."""
+    if not data_dir.is_dir() and find(data_dir):  # A file, or a set such as folder/emnist-letters.
+        return
     present = {path.name: path for path in data_dir.glob('[!.]*')}
-    if not data_dir.is_dir() and find(data_dir):  # Not a new folder, but a file or a set's name.
-        return
-    if any(name not in FILES or hashlib.sha256(path.read_bytes()).hexdigest() != FILES[name]
+    if all(name in FILES and hashlib.sha256(path.read_bytes()).hexdigest() == FILES[name]
            for name, path in present.items()):
-        return
-    for name in sorted(set(FILES).difference(present)):
-        content = fetch(name)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(data_dir / name, content)
+        for name in sorted(set(FILES).difference(present)):
+            content = fetch(name)
+            data_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(data_dir / name, content)
 
 
 def fetch(name):
@@ -222,10 +222,10 @@ def synthesize(count, seed):
     `[count, 28, 28]` and labels `[count]`."""
     glyphs = []
     for path in sorted(pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf').glob('*.ttf')):
-        if re.match(r'DejaVu(?!.*Display)|STIXGeneral|cm(b|r|ss|tt)10', path.name):
+        if re.match(r'DejaVu(?!.*Display)|STIXGeneral|cm(b|r|ss|tt)10', path.name):  # With digits.
             font = ImageFont.truetype(str(path), 54)
             for digit in range(10):
-                glyphs.append(Image.new('L', (56, 56)))
+                glyphs.append(Image.new('L', (56, 56)))  # So the digit is the index modulo 10.
                 ImageDraw.Draw(glyphs[-1]).text((28, 30), str(digit), 255, font, anchor='mm')
     rng = np.random.RandomState(seed)
     picks = rng.randint(len(glyphs), size=count)

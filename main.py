@@ -46,11 +46,12 @@ WARM_UP = .1  # Share of the steps in which the learning rate rises; then it fal
 TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
 CHUNK = 1000  # Images evaluated at once.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-# The halves of a batch run side by side (model._in_halves), each on half of the cores.
+# Two operations at a time, as the halves of a batch are independent (see model._in_halves).
 SESSION_CONFIG = tf.ConfigProto(inter_op_parallelism_threads=2,
                                 intra_op_parallelism_threads=max(1, CORES // 2))
-COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',  # A palette that is safe for
-          '#882255', '#44aa99', '#999933', '#aa4499', '#000000']  # colour-blind readers.
+# A palette that is safe for colour-blind readers.
+COLORS = ['#cc6677', '#332288', '#ddaa33', '#117733', '#88ccee',
+          '#882255', '#44aa99', '#999933', '#aa4499', '#000000']
 
 
 def parse_arguments(arguments=None, **settings):
@@ -112,11 +113,11 @@ def run(arguments):
         'versions': {'python': sys.version.split()[0], 'tensorflow': tf.VERSION,
                      'numpy': np.__version__, 'matplotlib': matplotlib.__version__},
         'history': [], 'test': {}}
-    arrays = {}  # The variables by their names in the state, 'last/...' and 'best/...'.
+    values = {}  # Of all variables after the last epoch, 'last/NAME', and the best, 'best/NAME'.
     if args.resume:
-        record, arrays = load_state(folder)
-        args = parse_arguments(arguments, **record['settings'])
-    history = record['history']  # The list itself: the record grows with it.
+        record, values = load_state(folder)
+        args = parse_arguments(arguments, **record['settings'])  # Now with the run's own defaults.
+    history = record['history']  # The same list: what the loop appends is in the record, too.
     dataset = data.load(args.data_dir)
     if args.resume and record['fingerprint'] != dataset.fingerprint:
         raise RunError('--data-dir: the run to resume has other images (%s)' % record['dataset'])
@@ -131,7 +132,7 @@ def run(arguments):
     model = build(args, dataset)
     sizes = [v.shape.num_elements() for v in tf.trainable_variables()]
     print('Model: {:,} parameters.'.format(sum(sizes)), flush=True)
-    # The step seeds the noise (see `optimization`): a restored model draws the same codes.
+    # The checkpoint leaves out Adam's variables. The step is part of the seed of the noise.
     saved = tf.trainable_variables() + [tf.train.get_global_step()]
     saver = tf.train.Saver(saved, save_relative_paths=True)
     meta_graph = portable_graph(saver, saved)
@@ -141,7 +142,8 @@ def run(arguments):
             tf.summary.FileWriter(str(folder / record['log_dir'])) as log:
 
         def publish():
-            """Writes curves and log and, if the last epoch is the best, the model and samples."""
+            """Writes what follows from the state: curves and log and, if the last epoch is the
+            best, the model and samples."""
             samples = samples_png(session.run(model.samples))
             if best_epoch(history) == history[-1]['epoch']:
                 saver.save(session, str(folder / MODEL), write_meta_graph=False)
@@ -152,19 +154,19 @@ def run(arguments):
 
         session.run(tf.global_variables_initializer())
         if history:
-            assign(session, arrays, 'last/')
-            publish()  # A killed run may have saved its state and nothing else.
+            assign(session, values, 'last/')
+            publish()  # Again, as a killed run may have saved its state and nothing else.
         else:
             log.add_graph(session.graph)
-        batches = math.ceil(len(dataset.train_images) / args.batch_size)
+        steps = math.ceil(len(dataset.train_images) / args.batch_size)
         for epoch in range(len(history) + 1, args.epochs + 1):
             epoch_start, totals = time.time(), np.zeros(2)
-            bar = tf.keras.utils.Progbar(batches, verbose=int(sys.stdout.isatty()))
+            bar = tf.keras.utils.Progbar(steps, verbose=int(sys.stdout.isatty()))
             for i, images in enumerate(data.batches(
                     dataset.train_images, args.batch_size, args.seed, epoch)):
                 if args.binarise:
                     images = data.binarise(images, args.seed, epoch, i)
-                progress = (epoch - 1 + (i + .5) / batches) / args.epochs
+                progress = (epoch - 1 + (i + .5) / steps) / args.epochs
                 rate = args.learning_rate * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
                 _, elbo, divergence = session.run(
                     [model.optimize, model.elbo, model.divergence],
@@ -172,23 +174,23 @@ def run(arguments):
                 totals += [-elbo * len(images), divergence.sum()]
                 bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence.mean())])
             training = totals / len(dataset.train_images)
-            negative_elbo, divergence, _ = evaluate(session, model, dataset.validation_images)
-            if not np.isfinite(negative_elbo):
+            validation, _ = evaluate(session, model, dataset.validation_images)
+            if not np.isfinite(validation[0]):
                 raise RunError('--learning-rate: training diverged in epoch %d' % epoch)
             history.append({
                 'epoch': epoch, 'seconds': time.time() - epoch_start,
                 'training_negative_elbo': training[0], 'training_divergence': training[1],
-                'validation_negative_elbo': negative_elbo, 'validation_divergence': divergence})
+                'validation_negative_elbo': validation[0], 'validation_divergence': validation[1]})
             print('Epoch %d/%d: -ELBO %.2f training, %.2f validation; divergence %.2f nats; %.1f s'
-                  % (epoch, args.epochs, training[0], negative_elbo, divergence,
-                     history[-1]['seconds']), flush=True)
-            arrays.update(session.run(variables('last/')))
+                  % (epoch, args.epochs, training[0], *validation, history[-1]['seconds']),
+                  flush=True)
+            values.update(session.run(variables('last/')))
             if best_epoch(history) == epoch:
-                arrays.update(session.run(variables('best/')))
-            save_state(folder, record, arrays)
+                values.update(session.run(variables('best/')))
+            save_state(folder, record, values)
             publish()
-        assign(session, arrays, 'best/')
-        report(args, dataset, model, session, record, arrays)
+        assign(session, values, 'best/')
+        report(args, dataset, model, session, record, values)
     print('Done in %.0f s. All files are in %s.' % (time.time() - start, folder.resolve()))
 
 
@@ -202,7 +204,7 @@ def main(arguments=None):
         message, code = 'Interrupted. --resume continues after the last epoch that ended.', 130
     except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
             tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
-        # TensorFlow's messages have many lines: the last one above "[[node" says what happened.
+        # TensorFlow's messages have many lines: the one above "[[node ..." says what happened.
         line = str(error).split('\n\t [[')[0].split('\n')[-1]
         message, code = 'Error: %s' % (line or repr(error)), 1
     print(message, file=sys.stderr)
@@ -247,16 +249,15 @@ def summary(entry, samples):
 
 
 def evaluate(session, model, images):
-    """Returns the mean negative ELBO and divergence of uint8 images `[n, height, width]`, in nats
-    per image, and the means of their posteriors, `[n, code_size]`."""
+    """Returns the means of the negative ELBO and the divergence of uint8 images `[n, height,
+    width]`, an array of two in nats per image, and their posteriors' means `[n, code_size]`."""
     totals, codes = np.zeros(2), []
     for chunk in np.split(images, range(CHUNK, len(images), CHUNK)):
         elbo, divergence, mu = session.run([model.elbo, model.divergence, 'mu:0'],
                                            {'images:0': data.to_float(chunk)})
         totals += [-elbo * len(chunk), divergence.sum()]
         codes.append(mu)
-    negative_elbo, divergence = totals / len(images)
-    return negative_elbo, divergence, np.concatenate(codes)
+    return totals / len(images), np.concatenate(codes)
 
 
 def log_likelihood(session, images, count):
@@ -271,7 +272,8 @@ def log_likelihood(session, images, count):
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
     def weigh(chunk, posterior, noise):
-        mu, sigma = posterior[0], 1.2 * posterior[1]  # Fed: the encoder need not run again.
+        # Fed in place of q's, so that `log_weight` is r's and the encoder need not run again.
+        mu, sigma = posterior[0], 1.2 * posterior[1]
         return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
                                             'code:0': mu + sigma * noise})
     log_sum = np.full(len(images), -np.inf)  # In float64.
@@ -286,16 +288,16 @@ def log_likelihood(session, images, count):
     return -log_p.mean(), log_p.std() / math.sqrt(len(log_p))
 
 
-def report(args, dataset, model, session, record, arrays):
+def report(args, dataset, model, session, record, values):
     """Evaluates the model of the best epoch, which the session holds, on the test images."""
     folder, name, best = pathlib.Path(args.output_dir), dataset.name, best_epoch(record['history'])
     images, labels = dataset.test_images, dataset.test_labels
-    negative_elbo, divergence, codes = evaluate(session, model, images)
-    reconstruction = negative_elbo - divergence
+    (negative_elbo, divergence), codes = evaluate(session, model, images)
+    distortion = negative_elbo - divergence
     print('Test (%s): -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence (epoch %d)'
-          % (name, negative_elbo, reconstruction, divergence, best), flush=True)
+          % (name, negative_elbo, distortion, divergence, best), flush=True)
     record['test'] = {'epoch': best, 'negative_elbo': negative_elbo,
-                      'reconstruction': reconstruction, 'divergence': divergence}
+                      'reconstruction': distortion, 'divergence': divergence}
 
     classes = np.unique(labels)[:26]  # More would not fit into a plot.
     pairs = np.ones([len(classes), 2, 10, *images.shape[1:]])
@@ -308,7 +310,7 @@ def report(args, dataset, model, session, record, arrays):
     centre, directions = class_plane(codes, labels, classes)
     points = (codes - centre) @ directions.T  # [n, 2]
     low, high = np.percentile(points, [1, 99], axis=0)
-    x, y = (low + (high - low) * (np.arange(20)[:, None] + .5) / 20).T
+    x, y = np.linspace(low, high, 41)[1::2].T  # The centres of 20 columns and 20 rows.
     grid = centre + np.stack(np.meshgrid(x, y[::-1]), -1) @ directions  # [20, 20, code_size]
     decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, args.code_size)})
     decoded = decoded.reshape(20, 20, *images.shape[1:])
@@ -322,7 +324,7 @@ def report(args, dataset, model, session, record, arrays):
               'each' % (nll, error, args.importance_samples))
         record['test'].update(negative_log_likelihood=nll, standard_error=error,
                               importance_samples=args.importance_samples)
-    save_state(folder, record, arrays)
+    save_state(folder, record, values)
 
 
 # ------------------------------------------------------------------------------------------ Files
@@ -333,32 +335,30 @@ def variables(prefix):
     return {prefix + v.op.name: v for v in tf.global_variables()}
 
 
-def assign(session, arrays, prefix):
-    """Sets the variables to values of the state, fed to their initialisers in place of the initial
-    values: this adds no operation to the graph."""
-    targets = variables(prefix)
+def assign(session, values, prefix):
+    """Sets the variables to values of the state."""
     try:
-        session.run([v.initializer for v in targets.values()],
-                    {v.initial_value: arrays[name] for name, v in targets.items()})
+        for name, variable in variables(prefix).items():
+            variable.load(values[name], session)
     except (KeyError, ValueError) as error:
         raise RunError('--resume: the run has another network (%s)' % error) from error
 
 
-def save_state(folder, record, arrays):
+def save_state(folder, record, values):
     """Replaces the state, all that `--resume` reads, and metrics.json, which people read."""
     file = io.BytesIO()
-    np.savez(file, record=json.dumps(record), **arrays)
+    np.savez(file, record=json.dumps(record), **values)
     write_atomically(folder / STATE, file.getvalue())
     metrics = dict(record, best_epoch=best_epoch(record['history']))
     write_atomically(folder / 'metrics.json', json.dumps(metrics, indent=2).encode())
 
 
 def load_state(folder):
-    """Returns the record and the arrays of a state."""
+    """Returns the record and the values of a state."""
     try:
         with np.load(str(folder / STATE), allow_pickle=False) as file:
-            arrays = dict(file)
-        return json.loads(str(arrays.pop('record'))), arrays
+            values = dict(file)
+        return json.loads(str(values.pop('record'))), values
     except Exception as error:  # Corrupt files can raise anything.
         raise RunError('--resume: %s cannot be read (%s)' % (folder / STATE, error)) from error
 
@@ -370,8 +370,7 @@ def portable_graph(saver, saved):
     for node in meta_graph.graph_def.node:
         if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
             node.op = 'Add'
-        # TensorFlow 1.14 does not know the first two; the third names a gradient of model.py.
-        for name in {'grad_a', 'grad_b', '_gradient_op_type'}.intersection(node.attr):
+        for name in {'grad_a', 'grad_b'}.intersection(node.attr):  # Not in TensorFlow 1.14.
             del node.attr[name]
     listed = meta_graph.collection_def['variables'].bytes_list.value
     listed[:] = [v.to_proto().SerializeToString() for v in saved]
@@ -383,8 +382,7 @@ def portable_graph(saver, saved):
 
 def class_plane(codes, labels, classes):
     """Returns the plane in which the classes' mean codes differ most: a point in it, `[code_size]`,
-    and two orthonormal directions, `[2, code_size]`. Codes of two dimensions have one plane only.
-    """
+    and two orthonormal directions, `[2, code_size]`, partly arbitrary for one or two classes."""
     means = np.stack([codes[labels == label].mean(0) for label in classes])
     centre = means.mean(0)
     return centre, np.linalg.svd(means - centre)[2][:2]

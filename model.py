@@ -17,7 +17,6 @@ References:
 
 import collections
 import dataclasses
-import functools
 import math
 import typing
 
@@ -26,7 +25,6 @@ import tensorflow.compat.v1 as tf
 tf.disable_v2_behavior()
 
 Model = collections.namedtuple('Model', 'optimize samples elbo divergence')
-_activation = functools.partial(tf.nn.leaky_relu, alpha=.1)
 
 
 @dataclasses.dataclass
@@ -67,9 +65,9 @@ class Network:
             hidden = tf.concat([hidden, code], 1)
             hidden = _activation(_dense(hidden, height * width // 16 * first, 'dense_3'))
             maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
-            maps = _activation(_conv_transpose(maps, second, 3, 'conv_transpose_1'))
-            # The four channels are four adjacent pixels of a row: faster than a stride of 4.
-            maps = _conv_transpose(maps, 4, 4, 'conv_transpose_2')
+            maps = _activation(_conv_transpose(maps, second, size=3, name='conv_transpose_1'))
+            # Four adjacent pixels of a row are four channels: faster than doubling the width twice.
+            maps = _conv_transpose(maps, channels=4, size=4, name='conv_transpose_2')
             initial = tf.constant_initializer(self.initial_logits)
             bias = tf.get_variable('pixel_bias', self.image_shape, initializer=initial)
             logits = tf.reshape(maps, [-1, height, width]) + bias
@@ -104,30 +102,23 @@ class Network:
                 estimated from the same code for a learned one.
         """
         step = tf.train.get_or_create_global_step()
-        # Each batch has its own noise, the same in every run. The batches of an evaluation share a
-        # step, so the sum of the images goes into the upper 32 bits of the seed.
-        seed = self.seed + tf.cast(tf.reduce_sum(images), tf.int64) * 2 ** 32
+        # The noise is a function of the seed, the step and the batch. The batches of an evaluation
+        # share a step, but differ in the sum of their pixels.
+        batch_hash = tf.cast(tf.reduce_sum(images), tf.int64)
         # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
         noise = tf.raw_ops.StatelessRandomNormal(
-            shape=[tf.shape(images)[0], self.training_codes, self.code_size], seed=[seed, step])
+            shape=[tf.shape(images)[0], self.training_codes, self.code_size],
+            seed=[self.seed + 2 ** 32 * batch_hash, step])
         mu, sigma, codes, log_likelihood = _in_halves(self._encode_and_decode, images, noise)
-        # Users may feed these three. Then `elbo` is wrong: `log_likelihood` is of the codes above.
-        mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
-        code = tf.identity(codes[:, 0], 'code')
-        posterior, prior = tf.distributions.Normal(mu, sigma), self.prior()
-        log_prior = tf.identity(prior.log_prob(code), 'log_prior')
-        log_ratio = tf.reduce_sum(posterior.log_prob(code), 1) - log_prior
-        divergence = log_ratio
-        if self.mixture_components == 1:
-            divergence = tf.reduce_sum(posterior.kl_divergence(tf.distributions.Normal(0., 1.)), 1)
-        divergence = tf.identity(divergence, 'divergence')
-        elbo = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
+        prior = self.prior()
 
-        # With one code, `bound` estimates the ELBO. Its gradient leaves out log q's own parameters,
-        # for less noise (Roeder et al.). With several codes, that is biased (G. Tucker et al.,
-        # 2018, arXiv:1810.04152), but trains to a better bound.
-        frozen = tf.distributions.Normal(*map(tf.stop_gradient, [mu[:, None], sigma[:, None]]))
-        log_posterior = tf.reduce_sum(frozen.log_prob(codes), 2)  # [n, training_codes]
+        # The objective. With one code, `bound` estimates the ELBO. The gradient of log q(z|x)
+        # reaches mu and sigma only through the codes: less noise than with the exact divergence
+        # (Roeder et al.). With several codes it is biased (G. Tucker et al., 2018,
+        # arXiv:1810.04152), but trains to a better bound than the full gradient.
+        frozen_posterior = tf.distributions.Normal(
+            tf.stop_gradient(mu)[:, None], tf.stop_gradient(sigma)[:, None])
+        log_posterior = tf.reduce_sum(frozen_posterior.log_prob(codes), 2)  # [n, training_codes]
         log_weights = log_likelihood + prior.log_prob(codes) - log_posterior
         bound = tf.reduce_logsumexp(log_weights, 1) - math.log(self.training_codes)
         objective = tf.reduce_mean(bound)
@@ -139,14 +130,23 @@ class Network:
             # GATE_GRAPH builds fewer operations, so that training starts sooner.
             optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
 
-        # For users. Unlike `elbo`, these hold for codes that are fed, too.
-        likelihood = self.decoder(code)
+        # What is fetched by name, for the first code. All but `elbo`, which keeps the likelihood
+        # of the code drawn above, also holds for a mu, sigma and code that are fed.
+        mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
+        code = tf.identity(codes[:, 0], 'code')
+        posterior, likelihood = tf.distributions.Normal(mu, sigma), self.decoder(code)
         tf.identity(likelihood.mean(), 'reconstruction')
-        log_p = tf.reduce_sum(likelihood.log_prob(images), [1, 2])
-        tf.subtract(log_p, log_ratio, 'log_weight')
         tf.identity(prior.means, 'prior_mean')
-        num_samples = tf.placeholder_with_default(100, [], 'num_samples')
+        log_prior = tf.identity(prior.log_prob(code), 'log_prior')
+        log_ratio = tf.reduce_sum(posterior.log_prob(code), 1) - log_prior
+        tf.subtract(tf.reduce_sum(likelihood.log_prob(images), [1, 2]), log_ratio, 'log_weight')
+        divergence = log_ratio
+        if self.mixture_components == 1:
+            divergence = tf.reduce_sum(posterior.kl_divergence(tf.distributions.Normal(0., 1.)), 1)
+        divergence = tf.identity(divergence, 'divergence')
+        elbo = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
         # The noise depends on the seed alone, so that one sees samples improve in training.
+        num_samples = tf.placeholder_with_default(100, [], 'num_samples')
         samples = self.decoder(prior.sample(num_samples, self.seed)).mean()
         return Model(optimize, tf.identity(samples, 'samples'), elbo, divergence)
 
@@ -156,6 +156,7 @@ class Network:
         posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
         codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
+        # All codes are decoded as one batch, then sorted by image.
         logits = self.decoder(tf.reshape(codes, [-1, self.code_size])).logits
         logits = tf.reshape(logits, [-1, self.training_codes, *self.image_shape])
         likelihood = tf.distributions.Bernoulli(logits, dtype=tf.float32)
@@ -172,21 +173,13 @@ class Network:
                                  initializer=tf.orthogonal_initializer())
         outputs = []
         output = cell = tf.zeros([tf.shape(images)[0], units])
-        # TensorFlow's gradients of `+` and `*` handle broadcasting, which delays the start by 1 s.
-        overrides = dict.fromkeys(['Add', 'AddV2', 'Mul'], 'EqualShapes')
-        with tf.get_default_graph().gradient_override_map(overrides):
-            for gates in tf.split(inputs, height):
-                i, f, o, candidate = tf.split(gates + tf.matmul(output, kernel), 4, 1)
-                cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(candidate)
-                output = tf.sigmoid(o) * tf.tanh(cell)
-                outputs.append(output)
+        for gates in tf.split(inputs, height):
+            gates = tf.add_n([gates, tf.matmul(output, kernel)])
+            i, f, o, candidate = tf.split(gates, 4, 1)
+            cell = tf.add_n([tf.sigmoid(f) * cell, tf.sigmoid(i) * tf.tanh(candidate)])
+            output = tf.sigmoid(o) * tf.tanh(cell)
+            outputs.append(output)
         return tf.concat(outputs, 1)
-
-
-@tf.RegisterGradient('EqualShapes')
-def _gradient_without_broadcasting(op, gradient):
-    x, y = op.inputs
-    return (gradient * y, gradient * x) if op.type == 'Mul' else (gradient, gradient)
 
 
 class Mixture(typing.NamedTuple):
@@ -217,10 +210,15 @@ def _in_halves(function, *tensors):
     """Calls `function` on both halves of a batch, which run in parallel, and joins the results.
     Without this, a step takes 1.2 times as long."""
     count = tf.shape(tensors[0])[0]
-    # Convolutions of empty batches have no gradient: a single image is computed twice, kept once.
+    # Convolutions of empty batches have no gradient: a batch of one is both of its halves.
     first = function(*[tensor[:tf.maximum(count // 2, 1)] for tensor in tensors])
     second = function(*[tensor[count // 2:] for tensor in tensors])
     return [tf.concat(halves, 0)[:count] for halves in zip(first, second)]
+
+
+def _activation(x):
+    """Swish with beta = 2 (P. Ramachandran et al., 2017, arXiv:1710.05941)."""
+    return x * tf.sigmoid(2. * x)
 
 
 def _dense(inputs, units, name, bias_init=0.):

@@ -98,7 +98,7 @@ def test_mnist_is_known_by_its_sums_and_its_content(folder):
 def test_names_and_containers_do_not_matter(folder, monkeypatch, form, pack, old, new):
     """Files nearby, in IDX format and unzipped come first. Only the content makes them MNIST."""
     names, fingerprint = [name.replace(old, new) for name in NAMES], '6f41142476bef656'
-    write_set(folder, make_set(3), 'further/below/it/%s')
+    write_set(folder, make_set(3), 'further/' + form)
     write_set(folder, make_set(4), form.replace('.npz', '') + '.npz')
     write_set(folder, make_set(5), form + '.gz', names=names)
     write_set(folder, [np.asfortranarray(array) for array in ARRAYS], form, pack, names)
@@ -144,7 +144,7 @@ def test_labels_may_be_missing_and_what_does_not_fit_is_refused(folder, keys, ar
 def test_other_files_are_left_alone_and_at_most_nine_are_listed(folder):
     for name in 'abcdefghijkl':
         (folder / name).write_bytes(b'PK\3\4')
-    write_set(folder, ARRAYS, 'z/a/b/c/%s')  # This is one level too deep.
+    write_set(folder, ARRAYS, 'z/a/b/%s')  # This is one level too deep.
     assert re.search('a, b, c, d, e, f, g, h, i[^,].* .npz', refusal(folder))
     write_set(folder / 'incomplete', make_set(9)[:3])
     write_set(folder / 'floats', ARRAYS, pack=lambda content: b'\0\0\r' + content[3:])

@@ -70,9 +70,12 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def dense(weights, inputs, name, slope=1.):
-    outputs = inputs @ weights[name + '/kernel'] + weights[name + '/bias']
-    return np.maximum(outputs, slope * outputs)
+def swish(x):
+    return x / (1 + np.exp(-2 * x))
+
+
+def dense(weights, inputs, name):
+    return inputs @ weights[name + '/kernel'] + weights[name + '/bias']
 
 
 def log_bernoulli(images, probabilities):
@@ -107,10 +110,9 @@ def test_defaults_and_initial_weights():
             continue
         assert np.mean(value != other[name]) > .9, name
         *window, fan_out, fan_in = value.shape
-        deviation = np.sqrt(2 / (np.prod(window) * (fan_in + fan_out)))  # Glorot's.
-        deviation = {'prior/mean': .07, 'encoder/lstm/recurrent_kernel': 1 / 96 ** .5}.get(
-            name, deviation)
-        assert value.std() == pytest.approx(deviation, rel=.1), name
+        spread = np.sqrt(2 / (np.prod(window) * (fan_in + fan_out)))  # Glorot's.
+        spread = {'prior/mean': .07, 'encoder/lstm/recurrent_kernel': 96 ** -.5}.get(name, spread)
+        assert value.std() == pytest.approx(spread, rel=.1), name
 
 
 def test_parts_share_their_variables(small):
@@ -146,7 +148,7 @@ def test_encoder(small):
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(candidate)
         output = sigmoid(o) * np.tanh(cell)
         outputs.append(output)
-    hidden = dense(weights, np.hstack(outputs), 'encoder/dense', .1)
+    hidden = swish(dense(weights, np.hstack(outputs), 'encoder/dense'))
     mu, sigma = (dense(weights, hidden, 'encoder/' + name) for name in ('mu', 'sigma'))
     actual = fetch(small, 'mu sigma', images=images)
     assert_allclose(actual, [mu, np.logaddexp(0, sigma)], rtol=1e-4, atol=1e-4)
@@ -165,12 +167,10 @@ def test_decoder(small):
             large[:, 2 * i:2 * i + len(kernel), j:j + 2] += part
         return large[:, margin:margin + 2 * height, :width] + weights[name + '/bias']
 
-    hidden = dense(weights, code, 'decoder/dense_1', .1)
+    hidden = swish(dense(weights, code, 'decoder/dense_1'))
     for name in 'decoder/dense_2', 'decoder/dense_3':
-        hidden = dense(weights, np.hstack([hidden, code]), name, .1)
-    maps = hidden.reshape(3, 3, 5, 6)
-    maps = conv_transpose(maps, 'decoder/conv_transpose_1', 0)
-    maps = np.maximum(maps, .1 * maps)
+        hidden = swish(dense(weights, np.hstack([hidden, code]), name))
+    maps = swish(conv_transpose(hidden.reshape(3, 3, 5, 6), 'decoder/conv_transpose_1', 0))
     logits = conv_transpose(maps, 'decoder/conv_transpose_2', 1).reshape(3, *SHAPE)
     logits += weights['decoder/pixel_bias']
     assert_allclose(fetch(small, 'reconstruction', code=code), sigmoid(logits), 1e-3, 1e-5)
