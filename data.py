@@ -37,7 +37,7 @@ IDX_NAME = re.compile(r'(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-u
 KEYS = 'x_train', 'y_train', 'x_test', 'y_test'  # The arrays of a set, as in Keras's .npz files.
 EXPECTED = ("expected four files in MNIST's format, such as train-images-idx3-ubyte.gz, or an "
             '.npz file of x_train, x_test and, if any, y_train, y_test; images are uint8 '
-            '[n, height, width] from 0 to 255, height and width multiples of 4; labels are [n]')
+            '[n, height, width], 0 to 255, height, width multiples of 4; labels are integers [n]')
 
 
 class RunError(Exception):
