@@ -156,7 +156,7 @@ class Network:
         posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
         codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
-        # All codes are decoded as one batch, then sorted by image.
+        # All codes are decoded as one batch, then grouped by image.
         logits = self.decoder(tf.reshape(codes, [-1, self.code_size])).logits
         logits = tf.reshape(logits, [-1, self.training_codes, *self.image_shape])
         likelihood = tf.distributions.Bernoulli(logits, dtype=tf.float32)
