@@ -1,4 +1,4 @@
-"""Finds or downloads the files of a set of images, reads, splits and batches them.
+"""Finds, downloads or synthesises a set of images, reads, splits and batches it.
 
 All images are uint8 arrays `[n, height, width]`, 0 for paper and 255 for ink. Labels are integers
 `[n]` for the plots.
@@ -119,7 +119,7 @@ def write_atomically(path, content):
 
 def find(data_dir):
     """Returns the paths of a set's files by the names in `KEYS`, or of one file by 'npz'. Searches
-    up to two levels of subfolders, until it finds any."""
+    a folder and two levels below it until it finds any; for 'folder/emnist-letters', the folder."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}  # `read` refuses other files.
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
@@ -134,7 +134,7 @@ def find(data_dir):
                 key = 'npz'
             else:
                 continue
-            if path.with_suffix('') not in found[key]:  # Skips file.gz, sorted after file.
+            if path.with_suffix('') not in found[key]:  # Skips NAME.gz, which sorts after NAME.
                 found[key].append(path)
         if found:
             break
@@ -193,7 +193,7 @@ def download_missing(data_dir):
     `ConnectionError` if this fails."""
     if not data_dir.is_dir() and find(data_dir):  # A file, or a set such as folder/emnist-letters.
         return
-    present = {path.name: path for path in data_dir.glob('[!.]*')}
+    present = {path.name: path for path in data_dir.glob('[!.]*')}  # May be empty.
     if all(name in FILES and hashlib.sha256(path.read_bytes()).hexdigest() == FILES[name]
            for name, path in present.items()):
         for name in sorted(set(FILES).difference(present)):
@@ -225,10 +225,10 @@ def synthesize(count, seed):
         if re.match(r'DejaVu(?!.*Display)|STIXGeneral|cm(b|r|ss|tt)10', path.name):  # With digits.
             font = ImageFont.truetype(str(path), 54)
             for digit in range(10):
-                glyphs.append(Image.new('L', (56, 56)))  # So the digit is the index modulo 10.
+                glyphs.append(Image.new('L', (56, 56)))
                 ImageDraw.Draw(glyphs[-1]).text((28, 30), str(digit), 255, font, anchor='mm')
     rng = np.random.RandomState(seed)
-    picks = rng.randint(len(glyphs), size=count)
+    picks = rng.randint(len(glyphs), size=count)  # Each typeface has ten glyphs, in order.
     corners = [0, 0, 0, 56, 56, 56, 56, 0] + rng.uniform(-9, 9, [count, 8])  # x, y, for QUAD.
     images = [glyphs[pick].transform((28, 28), Image.QUAD, quad, Image.BILINEAR)
               for pick, quad in zip(picks, corners)]

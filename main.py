@@ -28,12 +28,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # Silence TensorFlow's C++ log.
-stderr = os.dup(2)  # TensorFlow 2 logs to it while it is imported, at any level.
+saved_stderr = os.dup(2)  # Importing TensorFlow 2 writes to stderr, whatever the log level.
 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
     import tensorflow.compat.v1 as tf
 finally:
-    os.dup2(stderr, 2)
+    os.dup2(saved_stderr, 2)
 tf.logging.set_verbosity(tf.logging.ERROR)
 warnings.filterwarnings('ignore', 'Glyph .* missing')  # Letters in a title that the font lacks.
 
@@ -43,7 +43,7 @@ from model import Network
 
 MODEL, STATE = 'new_model.ckpt', 'training_state.npz'
 WARM_UP = .1  # Share of the steps in which the learning rate rises; then it falls to zero.
-TEST_SEED, VALIDATION_SEED = 0, 1  # Fixed, so that results are comparable.
+TEST_SEED, VALIDATION_SEED = 0, 1  # For binarising: fixed, so that results are comparable.
 CHUNK = 1000  # Images evaluated at once.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 # Two operations at a time, as the halves of a batch are independent (see model._in_halves).
@@ -93,6 +93,7 @@ def parse_arguments(arguments=None, **settings):
     parser.set_defaults(**settings)
     args = parser.parse_args(arguments)
     free = 'data_dir', 'epochs', 'importance_samples'
+    # The settings are the defaults: a value that differs was given on the command line.
     for name, value in settings.items():
         if getattr(args, name) != value and name not in free:
             parser.error('--%s: the run to resume has %s' % (name.replace('_', '-'), value))
@@ -113,7 +114,7 @@ def run(arguments):
         'versions': {'python': sys.version.split()[0], 'tensorflow': tf.VERSION,
                      'numpy': np.__version__, 'matplotlib': matplotlib.__version__},
         'history': [], 'test': {}}
-    values = {}  # Of all variables after the last epoch, 'last/NAME', and the best, 'best/NAME'.
+    values = {}  # 'last/NAME' and 'best/NAME': each variable after the last and the best epoch.
     if args.resume:
         record, values = load_state(folder)
         args = parse_arguments(arguments, **record['settings'])  # Now with the run's own defaults.
@@ -132,7 +133,7 @@ def run(arguments):
     model = build(args, dataset)
     sizes = [v.shape.num_elements() for v in tf.trainable_variables()]
     print('Model: {:,} parameters.'.format(sum(sizes)), flush=True)
-    # The checkpoint leaves out Adam's variables. The step is part of the seed of the noise.
+    # The checkpoint has no variables of Adam, but has the step, which seeds the noise.
     saved = tf.trainable_variables() + [tf.train.get_global_step()]
     saver = tf.train.Saver(saved, save_relative_paths=True)
     meta_graph = portable_graph(saver, saved)
@@ -195,7 +196,8 @@ def run(arguments):
 
 
 def main(arguments=None):
-    """Runs the command with these arguments, by default the process's. Returns its exit code."""
+    """Runs the command with these arguments, by default the process's. Returns its exit code;
+    wrong flags raise `SystemExit`."""
     try:
         with tf.Graph().as_default():
             run(arguments)
@@ -249,8 +251,8 @@ def summary(entry, samples):
 
 
 def evaluate(session, model, images):
-    """Returns the means of the negative ELBO and the divergence of uint8 images `[n, height,
-    width]`, an array of two in nats per image, and their posteriors' means `[n, code_size]`."""
+    """Evaluates uint8 images `[n, height, width]`. Returns the array [mean negative ELBO, mean
+    divergence], in nats per image, and the means of the posteriors, `[n, code_size]`."""
     totals, codes = np.zeros(2), []
     for chunk in np.split(images, range(CHUNK, len(images), CHUNK)):
         elbo, divergence, mu = session.run([model.elbo, model.divergence, 'mu:0'],
@@ -272,7 +274,7 @@ def log_likelihood(session, images, count):
     posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
 
     def weigh(chunk, posterior, noise):
-        # Fed in place of q's, so that `log_weight` is r's and the encoder need not run again.
+        # mu, sigma and code are fed, so `log_weight` is that of r, and the encoder does not run.
         mu, sigma = posterior[0], 1.2 * posterior[1]
         return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
                                             'code:0': mu + sigma * noise})
@@ -310,7 +312,7 @@ def report(args, dataset, model, session, record, values):
     centre, directions = class_plane(codes, labels, classes)
     points = (codes - centre) @ directions.T  # [n, 2]
     low, high = np.percentile(points, [1, 99], axis=0)
-    x, y = np.linspace(low, high, 41)[1::2].T  # The centres of 20 columns and 20 rows.
+    x, y = np.linspace(low, high, 41)[1::2].T  # Centres of 20 columns and of 20 rows, upwards.
     grid = centre + np.stack(np.meshgrid(x, y[::-1]), -1) @ directions  # [20, 20, code_size]
     decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, args.code_size)})
     decoded = decoded.reshape(20, 20, *images.shape[1:])
@@ -368,7 +370,7 @@ def portable_graph(saver, saved):
     that are saved, without Adam's, which a user's own `Saver` would not find in the checkpoint."""
     meta_graph = saver.export_meta_graph(strip_default_attrs=True)
     for node in meta_graph.graph_def.node:
-        if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it.
+        if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it to fine-tune with.
             node.op = 'Add'
         for name in {'grad_a', 'grad_b'}.intersection(node.attr):  # Not in TensorFlow 1.14.
             del node.attr[name]
@@ -382,7 +384,7 @@ def portable_graph(saver, saved):
 
 def class_plane(codes, labels, classes):
     """Returns the plane in which the classes' mean codes differ most: a point in it, `[code_size]`,
-    and two orthonormal directions, `[2, code_size]`, partly arbitrary for one or two classes."""
+    and two orthonormal directions, `[2, code_size]`: arbitrary ones if classes are too few."""
     means = np.stack([codes[labels == label].mean(0) for label in classes])
     centre = means.mean(0)
     return centre, np.linalg.svd(means - centre)[2][:2]

@@ -37,7 +37,7 @@ class Network:
     weight_decay: float = 0.  # L2 penalty: this times half the sum of all squared kernels.
     lstm_units: int = 24
     dense_units: int = 384  # Units of each hidden dense layer, except the decoder's last.
-    channels: tuple = (32, 32)  # Of the maps before and after the height is first doubled.
+    channels: tuple = (32, 32)  # Of the decoder's maps at a quarter and at half the height.
     initial_logits: typing.Any = 0.  # Of the pixels: a number or an array `[height, width]`.
     seed: int = 0  # Determines the initial weights and all noise.
 
@@ -64,9 +64,10 @@ class Network:
             hidden = _activation(_dense(hidden, self.dense_units, 'dense_2'))
             hidden = tf.concat([hidden, code], 1)
             hidden = _activation(_dense(hidden, height * width // 16 * first, 'dense_3'))
+            # Only the height is doubled, twice; the last four channels are four adjacent pixels of
+            # a row. This is faster than doubling the width, too.
             maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
             maps = _activation(_conv_transpose(maps, second, size=3, name='conv_transpose_1'))
-            # Four adjacent pixels of a row are four channels: faster than doubling the width twice.
             maps = _conv_transpose(maps, channels=4, size=4, name='conv_transpose_2')
             initial = tf.constant_initializer(self.initial_logits)
             bias = tf.get_variable('pixel_bias', self.image_shape, initializer=initial)
@@ -102,8 +103,8 @@ class Network:
                 estimated from the same code for a learned one.
         """
         step = tf.train.get_or_create_global_step()
-        # The noise is a function of the seed, the step and the batch. The batches of an evaluation
-        # share a step, but differ in the sum of their pixels.
+        # A resumed run repeats the noise: it is a function of the seed, the step and the batch. The
+        # batches of an evaluation share a step, but hardly ever the sum of their pixels.
         batch_hash = tf.cast(tf.reduce_sum(images), tf.int64)
         # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
         noise = tf.raw_ops.StatelessRandomNormal(
@@ -114,8 +115,8 @@ class Network:
 
         # The objective. With one code, `bound` estimates the ELBO. The gradient of log q(z|x)
         # reaches mu and sigma only through the codes: less noise than with the exact divergence
-        # (Roeder et al.). With several codes it is biased (G. Tucker et al., 2018,
-        # arXiv:1810.04152), but trains to a better bound than the full gradient.
+        # (Roeder et al.). With several codes this is biased (G. Tucker et al., 2018,
+        # arXiv:1810.04152), but here it trains to a better bound than the full gradient.
         frozen_posterior = tf.distributions.Normal(
             tf.stop_gradient(mu)[:, None], tf.stop_gradient(sigma)[:, None])
         log_posterior = tf.reduce_sum(frozen_posterior.log_prob(codes), 2)  # [n, training_codes]
@@ -130,8 +131,8 @@ class Network:
             # GATE_GRAPH builds fewer operations, so that training starts sooner.
             optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
 
-        # What is fetched by name, for the first code. All but `elbo`, which keeps the likelihood
-        # of the code drawn above, also holds for a mu, sigma and code that are fed.
+        # Tensors that are fetched by name. mu, sigma and the first code may be fed, and what is
+        # built from them follows, hence a second decoder; only `elbo` keeps the first likelihood.
         mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
         code = tf.identity(codes[:, 0], 'code')
         posterior, likelihood = tf.distributions.Normal(mu, sigma), self.decoder(code)
@@ -156,7 +157,7 @@ class Network:
         posterior = self.encoder(images)
         mu, sigma = posterior.mean(), posterior.stddev()
         codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
-        # All codes are decoded as one batch, then grouped by image.
+        # All codes are decoded as one batch, then grouped by image again.
         logits = self.decoder(tf.reshape(codes, [-1, self.code_size])).logits
         logits = tf.reshape(logits, [-1, self.training_codes, *self.image_shape])
         likelihood = tf.distributions.Bernoulli(logits, dtype=tf.float32)
@@ -167,12 +168,13 @@ class Network:
         units, (height, width) = self.lstm_units, self.image_shape
         # The inputs of all steps are multiplied at once, outside of the recurrence.
         rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
-        # A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
+        # In the order below. A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
         inputs = _dense(rows, 4 * units, 'lstm/input', [0] * units + [1] * units + [0] * 2 * units)
         kernel = tf.get_variable('lstm/recurrent_kernel', [units, 4 * units],
                                  initializer=tf.orthogonal_initializer())
         outputs = []
         output = cell = tf.zeros([tf.shape(images)[0], units])
+        # The gradient of `add_n`, unlike that of `+`, builds no operations for broadcasting.
         for gates in tf.split(inputs, height):
             gates = tf.add_n([gates, tf.matmul(output, kernel)])
             i, f, o, candidate = tf.split(gates, 4, 1)
@@ -210,7 +212,7 @@ def _in_halves(function, *tensors):
     """Calls `function` on both halves of a batch, which run in parallel, and joins the results.
     Without this, a step takes 1.2 times as long."""
     count = tf.shape(tensors[0])[0]
-    # Convolutions of empty batches have no gradient: a batch of one is both of its halves.
+    # Convolutions of empty batches have no gradient: one image is both halves, kept once.
     first = function(*[tensor[:tf.maximum(count // 2, 1)] for tensor in tensors])
     second = function(*[tensor[count // 2:] for tensor in tensors])
     return [tf.concat(halves, 0)[:count] for halves in zip(first, second)]
