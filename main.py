@@ -196,8 +196,7 @@ def run(arguments):
 
 
 def main(arguments=None):
-    """Runs the command with these arguments, by default the process's. Returns its exit code;
-    wrong flags raise `SystemExit`."""
+    """Runs the command with these arguments, by default the process's. Returns its exit code."""
     try:
         with tf.Graph().as_default():
             run(arguments)
@@ -338,10 +337,11 @@ def variables(prefix):
 
 
 def assign(session, values, prefix):
-    """Sets the variables to values of the state."""
+    """Sets the variables to values of the state, in one run: `Variable.load` would take 2 s."""
+    targets = variables(prefix)
     try:
-        for name, variable in variables(prefix).items():
-            variable.load(values[name], session)
+        session.run([v.initializer for v in targets.values()],
+                    {v.initial_value: values[name] for name, v in targets.items()})
     except (KeyError, ValueError) as error:
         raise RunError('--resume: the run has another network (%s)' % error) from error
 
