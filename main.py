@@ -130,7 +130,7 @@ def run(arguments):
     record.update(dataset=dataset.name, fingerprint=dataset.fingerprint, settings={
         name: value for name, value in vars(args).items() if name not in ('output_dir', 'resume')})
 
-    model = build(args, dataset)
+    optimize = build(args, dataset)
     sizes = [v.shape.num_elements() for v in tf.trainable_variables()]
     print('Model: {:,} parameters.'.format(sum(sizes)), flush=True)
     # The checkpoint has no variables of Adam, but has the step, which seeds the noise.
@@ -145,7 +145,7 @@ def run(arguments):
         def publish():
             """Writes what follows from the state: curves and log and, if the last epoch is the
             best, the model and samples."""
-            samples = samples_png(session.run(model.samples))
+            samples = samples_png(session.run('samples:0'))
             if best_epoch(history) == history[-1]['epoch']:
                 saver.save(session, str(folder / MODEL), write_meta_graph=False)
                 write_atomically(folder / (MODEL + '.meta'), meta_graph)
@@ -170,12 +170,13 @@ def run(arguments):
                 progress = (epoch - 1 + (i + .5) / steps) / args.epochs
                 rate = args.learning_rate * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
                 _, elbo, divergence = session.run(
-                    [model.optimize, model.elbo, model.divergence],
-                    {'images:0': data.to_float(images), 'learning_rate:0': rate})
+                    [optimize, 'elbo:0', 'divergence:0'],
+                    {'images:0': data.to_float(images), 'learning_rate:0': rate,
+                     'num_codes:0': args.training_codes})
                 totals += [-elbo * len(images), divergence.sum()]
                 bar.update(i + 1, [('-ELBO', -elbo), ('divergence', divergence.mean())])
             training = totals / len(dataset.train_images)
-            validation, _ = evaluate(session, model, dataset.validation_images)
+            validation, _ = evaluate(session, dataset.validation_images)
             if not np.isfinite(validation[0]):
                 raise RunError('--learning-rate: training diverged in epoch %d' % epoch)
             history.append({
@@ -191,7 +192,7 @@ def run(arguments):
             save_state(folder, record, values)
             publish()
         assign(session, values, 'best/')
-        report(args, dataset, model, session, record, values)
+        report(args, dataset, session, record, values)
     print('Done in %.0f s. All files are in %s.' % (time.time() - start, folder.resolve()))
 
 
@@ -213,17 +214,17 @@ def main(arguments=None):
 
 
 def build(args, dataset):
-    """Builds the graph, to be fed `images:0` and `learning_rate:0`. Returns a `Model`. README.md
-    lists the tensors that are fetched by name."""
+    """Builds the graph and returns the training operation. It is fed `images:0`, `learning_rate:0`
+    and `num_codes:0`. README.md lists all tensors that are fetched and fed by name."""
     shape = dataset.train_images.shape[1:]
     images = tf.placeholder(tf.float32, [None, *shape], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
     # A pixel that is always 0 has a mean of 0. Half a grey level keeps its logit finite.
     mean = (dataset.train_images.mean(0) + .5) / 256
     network = Network(args.code_size, args.mixture_components, shape,
-                      training_codes=args.training_codes, weight_decay=args.weight_decay,
-                      initial_logits=np.log(mean / (1 - mean)), seed=args.seed)
-    return network.optimization(images, rate)
+                      weight_decay=args.weight_decay, seed=args.seed,
+                      initial_logits=np.log(mean / (1 - mean)))
+    return network.optimization(images, rate).optimize
 
 
 def keep_freed_memory():
@@ -249,12 +250,12 @@ def summary(entry, samples):
     return tf.Summary(value=[*values, tf.Summary.Value(tag='samples', image=image)])
 
 
-def evaluate(session, model, images):
+def evaluate(session, images):
     """Evaluates uint8 images `[n, height, width]`. Returns the array [mean negative ELBO, mean
     divergence], in nats per image, and the means of the posteriors, `[n, code_size]`."""
     totals, codes = np.zeros(2), []
     for chunk in np.split(images, range(CHUNK, len(images), CHUNK)):
-        elbo, divergence, mu = session.run([model.elbo, model.divergence, 'mu:0'],
+        elbo, divergence, mu = session.run(['elbo:0', 'divergence:0', 'mu:0'],
                                            {'images:0': data.to_float(chunk)})
         totals += [-elbo * len(chunk), divergence.sum()]
         codes.append(mu)
@@ -267,33 +268,32 @@ def log_likelihood(session, images, count):
     2015, arXiv:1509.00519, eq. 8). Here r is q with a wider sigma, which gives a tighter bound.
     Returns the mean of -log p(x) and its standard error, in nats.
     """
-    rng = np.random.RandomState(0)
+    def estimate(chunk, rng):
+        mu, sigma = session.run(['mu:0', 'sigma:0'], {'images:0': chunk})
+        sigma *= 1.2
+        log_sum = np.full(len(chunk), -np.inf)  # In float64.
+        for _ in range(count):
+            # `log_weight` is that of r, as mu, sigma and code are fed. The encoder does not run.
+            code = mu + sigma * rng.standard_normal(mu.shape)
+            log_sum = np.logaddexp(log_sum, session.run('log_weight:0', {
+                'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma, 'code:0': code}))
+        bar.add(1)
+        return log_sum - math.log(count)
+
     images = data.to_float(data.binarise(images, TEST_SEED))  # No change if they are binary.
     chunks = np.split(images, range(CHUNK, len(images), CHUNK))
-    posteriors = [session.run(['mu:0', 'sigma:0'], {'images:0': chunk}) for chunk in chunks]
-
-    def weigh(chunk, posterior, noise):
-        # mu, sigma and code are fed, so `log_weight` is that of r, and the encoder does not run.
-        mu, sigma = posterior[0], 1.2 * posterior[1]
-        return session.run('log_weight:0', {'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma,
-                                            'code:0': mu + sigma * noise})
-    log_sum = np.full(len(images), -np.inf)  # In float64.
-    bar = tf.keras.utils.Progbar(count, verbose=int(sys.stdout.isatty()))
+    bar = tf.keras.utils.Progbar(len(chunks), verbose=int(sys.stdout.isatty()))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Two chunks at a time.
-        for i in range(count):
-            noise = [rng.standard_normal(mu.shape) for mu, _ in posteriors]
-            log_weights = np.concatenate(list(pool.map(weigh, chunks, posteriors, noise)))
-            log_sum = np.logaddexp(log_sum, log_weights)
-            bar.update(i + 1)
-    log_p = log_sum - math.log(count)
+        rngs = map(np.random.RandomState, range(len(chunks)))
+        log_p = np.concatenate(list(pool.map(estimate, chunks, rngs)))
     return -log_p.mean(), log_p.std() / math.sqrt(len(log_p))
 
 
-def report(args, dataset, model, session, record, values):
+def report(args, dataset, session, record, values):
     """Evaluates the model of the best epoch, which the session holds, on the test images."""
     folder, name, best = pathlib.Path(args.output_dir), dataset.name, best_epoch(record['history'])
     images, labels = dataset.test_images, dataset.test_labels
-    (negative_elbo, divergence), codes = evaluate(session, model, images)
+    (negative_elbo, divergence), codes = evaluate(session, images)
     distortion = negative_elbo - divergence
     print('Test (%s): -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence (epoch %d)'
           % (name, negative_elbo, distortion, divergence, best), flush=True)

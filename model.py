@@ -33,7 +33,6 @@ class Network:
     code_size: int = 14
     mixture_components: int = 1  # Gaussians in a learned prior; 1 is the fixed standard normal.
     image_shape: tuple = (28, 28)  # Height and width, multiples of 4.
-    training_codes: int = 1  # Codes per image; with several, training maximises a tighter bound.
     weight_decay: float = 0.  # L2 penalty: this times half the sum of all squared kernels.
     lstm_units: int = 24
     dense_units: int = 384  # Units of each hidden dense layer, except the decoder's last.
@@ -88,7 +87,7 @@ class Network:
 
     def optimization(self, images, learning_rate):
         """Builds everything that trains, evaluates and samples the model. README.md lists the
-        tensors that users fetch and feed by name.
+        tensors that are fetched and fed by name.
 
         Args:
             images: float32 tensor `[n, height, width]` with values from 0 to 1.
@@ -98,31 +97,33 @@ class Network:
             A namedtuple of
             optimize: operation that takes one step of Adam (D. P. Kingma and J. Ba, 2014).
             samples: `[num_samples, height, width]`, pixel probabilities, decoded from the prior.
-            elbo: scalar, the mean ELBO of the images in nats, estimated from one code per image.
+            elbo: scalar, the mean ELBO of the images in nats, estimated from their codes.
             divergence: `[n]`, KL(q(z|x) || p(z)) in nats: exact for the standard normal prior,
-                estimated from the same code for a learned one.
+                estimated from the codes for a learned one.
         """
         step = tf.train.get_or_create_global_step()
-        # A resumed run repeats the noise: it is a function of the seed, the step and the batch. The
-        # batches of an evaluation share a step, but hardly ever the sum of their pixels.
-        batch_hash = tf.cast(tf.reduce_sum(images), tf.int64)
-        # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
-        noise = tf.raw_ops.StatelessRandomNormal(
-            shape=[tf.shape(images)[0], self.training_codes, self.code_size],
-            seed=[self.seed + 2 ** 32 * batch_hash, step])
-        mu, sigma, codes, log_likelihood = _in_halves(self._encode_and_decode, images, noise)
+        num_codes = tf.placeholder_with_default(1, [], 'num_codes')
+        # Users may feed mu, sigma and code: everything below is computed from these.
+        mu, sigma = _in_halves(self._encode, images)
+        mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
+        noise = self._noise(images, num_codes, step)
+        codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
+        code = tf.reshape(codes, [-1, self.code_size], 'code')
+        origin = tf.range(tf.shape(code)[0]) // num_codes  # The image that each code belongs to.
+        mean, log_likelihood = _in_halves(self._decode, code, tf.gather(images, origin))
+        tf.identity(mean, 'reconstruction')
+        # The gradient of log q(z|x) reaches mu and sigma only through the code, which makes it less
+        # noisy (Roeder et al.). With several codes this is biased (G. Tucker et al., 2018,
+        # arXiv:1810.04152), but trains to a better bound than the full gradient.
+        frozen_posterior = tf.distributions.Normal(tf.gather(tf.stop_gradient(mu), origin),
+                                                   tf.gather(tf.stop_gradient(sigma), origin))
         prior = self.prior()
-
-        # The objective. With one code, `bound` estimates the ELBO. The gradient of log q(z|x)
-        # reaches mu and sigma only through the codes: less noise than with the exact divergence
-        # (Roeder et al.). With several codes this is biased (G. Tucker et al., 2018,
-        # arXiv:1810.04152), but here it trains to a better bound than the full gradient.
-        frozen_posterior = tf.distributions.Normal(
-            tf.stop_gradient(mu)[:, None], tf.stop_gradient(sigma)[:, None])
-        log_posterior = tf.reduce_sum(frozen_posterior.log_prob(codes), 2)  # [n, training_codes]
-        log_weights = log_likelihood + prior.log_prob(codes) - log_posterior
-        bound = tf.reduce_logsumexp(log_weights, 1) - math.log(self.training_codes)
-        objective = tf.reduce_mean(bound)
+        tf.identity(prior.means, 'prior_mean')
+        log_prior = tf.identity(prior.log_prob(code), 'log_prior')
+        log_posterior = tf.reduce_sum(frozen_posterior.log_prob(code), 1)
+        log_weight = tf.subtract(log_likelihood + log_prior, log_posterior, 'log_weight')
+        # With one code, this estimates the ELBO; with several, a tighter bound, up to a constant.
+        objective = tf.reduce_mean(tf.reduce_logsumexp(tf.reshape(log_weight, [-1, num_codes]), 1))
         if self.weight_decay:
             objective -= self.weight_decay * tf.add_n([
                 tf.nn.l2_loss(v) for v in tf.trainable_variables() if 'kernel' in v.op.name])
@@ -131,37 +132,36 @@ class Network:
             # GATE_GRAPH builds fewer operations, so that training starts sooner.
             optimize = adam.minimize(-objective, step, gate_gradients=adam.GATE_GRAPH)
 
-        # Tensors that are fetched by name. mu, sigma and the first code may be fed, and what is
-        # built from them follows, hence a second decoder; only `elbo` keeps the first likelihood.
-        mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
-        code = tf.identity(codes[:, 0], 'code')
-        posterior, likelihood = tf.distributions.Normal(mu, sigma), self.decoder(code)
-        tf.identity(likelihood.mean(), 'reconstruction')
-        tf.identity(prior.means, 'prior_mean')
-        log_prior = tf.identity(prior.log_prob(code), 'log_prior')
-        log_ratio = tf.reduce_sum(posterior.log_prob(code), 1) - log_prior
-        tf.subtract(tf.reduce_sum(likelihood.log_prob(images), [1, 2]), log_ratio, 'log_weight')
-        divergence = log_ratio
         if self.mixture_components == 1:
-            divergence = tf.reduce_sum(posterior.kl_divergence(tf.distributions.Normal(0., 1.)), 1)
+            divergence = .5 * tf.reduce_sum(mu ** 2 + sigma ** 2 - 1 - 2 * tf.log(sigma), 1)
+        else:
+            divergence = tf.reduce_mean(tf.reshape(log_posterior - log_prior, [-1, num_codes]), 1)
         divergence = tf.identity(divergence, 'divergence')
-        elbo = tf.reduce_mean(log_likelihood[:, 0] - divergence, name='elbo')
+        elbo = tf.subtract(tf.reduce_mean(log_likelihood), tf.reduce_mean(divergence), 'elbo')
         # The noise depends on the seed alone, so that one sees samples improve in training.
         num_samples = tf.placeholder_with_default(100, [], 'num_samples')
         samples = self.decoder(prior.sample(num_samples, self.seed)).mean()
         return Model(optimize, tf.identity(samples, 'samples'), elbo, divergence)
 
-    def _encode_and_decode(self, images, noise):
-        """Returns the posteriors' mu and sigma `[n, code_size]`, codes drawn from them
-        `[n, training_codes, code_size]`, and log p(x|z), `[n, training_codes]`."""
+    def _noise(self, images, num_codes, step):
+        """Returns standard normal noise `[n, num_codes, code_size]`, a function of the seed, the
+        batch and the step, so that a resumed run repeats it."""
+        # The batches of an evaluation share a step, but hardly ever the sum of their pixels.
+        batch_hash = tf.cast(tf.reduce_sum(images), tf.int64)
+        # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
+        return tf.raw_ops.StatelessRandomNormal(
+            shape=[tf.shape(images)[0], num_codes, self.code_size],
+            seed=[self.seed + 2 ** 32 * batch_hash, step])
+
+    def _encode(self, images):
+        """Returns mu and sigma of q(z|x), both `[n, code_size]`."""
         posterior = self.encoder(images)
-        mu, sigma = posterior.mean(), posterior.stddev()
-        codes = mu[:, None] + sigma[:, None] * noise  # The reparameterisation.
-        # All codes are decoded as one batch, then grouped by image again.
-        logits = self.decoder(tf.reshape(codes, [-1, self.code_size])).logits
-        logits = tf.reshape(logits, [-1, self.training_codes, *self.image_shape])
-        likelihood = tf.distributions.Bernoulli(logits, dtype=tf.float32)
-        return mu, sigma, codes, tf.reduce_sum(likelihood.log_prob(images[:, None]), [2, 3])
+        return posterior.mean(), posterior.stddev()
+
+    def _decode(self, code, images):
+        """Returns the pixel probabilities `[n, height, width]` and log p(x|z), `[n]`."""
+        likelihood = self.decoder(code)
+        return likelihood.mean(), tf.reduce_sum(likelihood.log_prob(images), [1, 2])
 
     def _lstm(self, images):
         """Returns the outputs of all steps, one for each row, as `[n, height * lstm_units]`."""

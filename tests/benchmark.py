@@ -25,7 +25,7 @@ def run():
     main.keep_freed_memory()
     args = main.parse_arguments()
     dataset = data.load(args.data_dir)
-    model = main.build(args, dataset)
+    optimize = main.build(args, dataset)
     batches = data.batches(dataset.train_images, args.batch_size, args.seed, 1)
     with tf.Session(config=main.SESSION_CONFIG) as session:
         session.run(tf.global_variables_initializer())
@@ -33,13 +33,14 @@ def run():
         for _ in range(STEPS):
             images = data.to_float(next(batches))
             step_start = time.perf_counter()
-            session.run([model.optimize, model.elbo, model.divergence],
-                        {'images:0': images, 'learning_rate:0': 1e-4})
+            session.run([optimize, 'elbo:0', 'divergence:0'],
+                        {'images:0': images, 'learning_rate:0': 1e-4,
+                         'num_codes:0': args.training_codes})
             seconds.append(time.perf_counter() - step_start)
             if len(seconds) == 1:
                 start_up = time.time() - START
         evaluation_start = time.perf_counter()
-        main.evaluate(session, model, dataset.test_images)
+        main.evaluate(session, dataset.test_images)
         evaluation = time.perf_counter() - evaluation_start
     low, median, high = 1e3 * np.percentile(seconds[20:], [10, 50, 90])
     print('TensorFlow %s, Python %s' % (tf.VERSION, platform.python_version()))

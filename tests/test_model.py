@@ -13,9 +13,8 @@ import model
 # Sizes that nothing else in the graph has.
 SHAPE = 12, 20
 SIZES = dict(code_size=7, lstm_units=13, dense_units=11, channels=(6, 4), image_shape=SHAPE)
-# The standard normal prior; a learned prior; a learned prior, several codes and a fixed rate.
-KINDS = {'normal': dict(), 'mixture': dict(seed=1, mixture_components=3, weight_decay=.1),
-         'codes': dict(seed=2, mixture_components=3, training_codes=3)}
+KINDS = {'normal': dict(seed=0), 'decay': dict(seed=1, mixture_components=3, weight_decay=.1),
+         'mixture': dict(seed=2, mixture_components=3)}
 
 
 @functools.lru_cache(None)
@@ -25,7 +24,7 @@ def build(kind):
         images = tf.placeholder(tf.float32, [None, *SHAPE], 'images')
         rate = tf.placeholder_with_default(.01, [], 'rate')
         network = model.Network(**SIZES, **KINDS[kind])
-        result = network.optimization(images, .01 if kind == 'codes' else rate)
+        result = network.optimization(images, rate)
         session, rng = tf.Session(), np.random.RandomState(1)
         session.run(tf.global_variables_initializer())
         start = session.run({variable: variable for variable in tf.global_variables()})
@@ -190,16 +189,16 @@ def test_extreme_logits(small):
 
 
 def test_noise():
-    """Codes are mu + sigma times standard normal noise, which is the same only for the same image
-    of the same batch, step and seed."""
-    (dark, light), values = np.zeros([2, 250, *SHAPE]), []
+    """Codes are mu + sigma times standard normal noise, which is the same only for the same code
+    of the same image, batch, step and seed."""
+    (dark, light), values = np.zeros([2, 125, *SHAPE]), []
     light[-1, 0, 0] = 1
     for small in map(build, KINDS):
         global_step = tf.train.get_global_step(small.session.graph)
         for step, images in (0, dark), (0, light), (1, dark), (1, light), (1, light):
             assign(small.session, {**small.start, global_step: step})
-            code, mu, sigma = fetch(small, 'code mu sigma', images=images)
-            values.append((code - mu) / sigma)
+            code, mu, sigma = fetch(small, 'code mu sigma', images=images, num_codes=2)
+            values.append((code - np.repeat(mu, 2, 0)) / np.repeat(sigma, 2, 0))
         assert_array_equal(values.pop(), values[-1])
     values = np.vstack(values)
     assert len(np.unique(values.round(3), axis=0)) == 12 * 250
@@ -210,23 +209,26 @@ def test_noise():
 
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_elbo_and_its_parts(small, count):
-    """For any number of images, the ELBO and its parts equal their formulas in NumPy."""
-    images, weights = pictures(count), named(small.session)
+    """For any number of images and of codes, the ELBO and its parts equal formulas in NumPy."""
+    images, weights, codes = pictures(count), named(small.session), 1 + small.network.seed
     logits, mean, scale = np.zeros(1), np.zeros([1, 7]), np.ones([1, 7])
     if small.network.mixture_components > 1:
         logits, mean = weights['prior/logits'], 10 * weights['prior/mean']
         scale = np.logaddexp(0, weights['prior/scale'])
     assert_allclose(fetch(small, 'prior_mean'), mean, rtol=1e-5)
     elbo, code, mu, sigma, reconstruction, log_prior, log_weight, divergence = fetch(
-        small, 'elbo code mu sigma reconstruction log_prior log_weight divergence', images=images)
+        small, 'elbo code mu sigma reconstruction log_prior log_weight divergence', images=images,
+        num_codes=codes)
     parts = logits + log_normal(code[:, None], mean, scale)
     expected = np.logaddexp.reduce(parts, 1) - np.logaddexp.reduce(logits)
     assert_allclose(log_prior, expected, rtol=1e-4)
-    log_p, log_q = log_bernoulli(images, reconstruction), log_normal(code, mu, sigma)
+    log_q = log_normal(code, *np.repeat([mu, sigma], codes, axis=1))
+    log_p = log_bernoulli(np.repeat(images, codes, axis=0), reconstruction)
     assert_allclose(log_weight, log_p + expected - log_q, rtol=1e-4)
     kl = .5 * np.sum(mu ** 2 + sigma ** 2 - 1 - 2 * np.log(sigma), 1)
-    assert_allclose(divergence, kl if len(mean) == 1 else log_q - expected, rtol=1e-4)
-    assert_allclose(elbo, (log_p - divergence).mean(), rtol=1e-5)
+    estimate = (log_q - expected).reshape(count, codes).mean(1)
+    assert_allclose(divergence, kl if len(mean) == 1 else estimate, rtol=1e-4)
+    assert_allclose(elbo, log_p.mean() - divergence.mean(), rtol=1e-5)
 
 
 def test_samples_of_a_mixture():
@@ -252,19 +254,18 @@ def test_training_gradient(small):
     """The gradient of each variable equals finite differences of the objective, the log-mean-exp of
     log_weight over the codes, with fixed parameters in its log q(z|x)."""
     session, images, rng = small.session, pictures(8, seed=3), np.random.RandomState(0)
-    codes, parameters = small.network.training_codes, fetch(small, 'mu sigma', images=images)
-    noise, = [op.outputs[0] for op in session.graph.get_operations()
-              if op.type == 'StatelessRandomNormal' and len(op.outputs[0].shape) == 3]
-    noises = session.run(noise, {'images:0': images}).swapaxes(0, 1)
+    codes, parameters = 1 + small.network.seed, fetch(small, 'mu sigma', images=images)
+    mu, sigma = np.repeat(parameters, codes, axis=1)
+    noise = (fetch(small, 'code', images=images, num_codes=codes) - mu) / sigma
 
     def objective():
-        mu, sigma = fetch(small, 'mu sigma', images=images)
-        log_weights = [fetch(small, 'log_weight', images=images, code=mu + sigma * noise,
-                             **dict(zip(['mu', 'sigma'], parameters))) for noise in noises]
-        bound = np.logaddexp.reduce(log_weights).mean() - np.log(codes)
+        mu, sigma = np.repeat(fetch(small, 'mu sigma', images=images), codes, axis=1)
+        log_weight = fetch(small, 'log_weight', images=images, code=mu + sigma * noise,
+                           num_codes=codes, **dict(zip(['mu', 'sigma'], parameters)))
+        bound = np.logaddexp.reduce(log_weight.reshape(-1, codes), axis=1).mean()
         kernels = [value for name, value in named(session).items() if name.endswith('kernel')]
         return bound - small.network.weight_decay * sum(map(np.sum, map(np.square, kernels))) / 2
-    session.run(small.result.optimize, {'images:0': images, 'rate:0': 0.})
+    session.run(small.result.optimize, {'images:0': images, 'rate:0': 0., 'num_codes:0': codes})
     for variable, moment in zip(tf.trainable_variables(), session.run(slots('/Adam'))):
         gradient = np.float64(moment) / .1  # Adam's moment is 1 - beta1 of it.
         norm = np.linalg.norm(gradient)
@@ -287,8 +288,7 @@ def test_steps_of_adam(small):
                 for values in small.session.run(parts)]
 
     value, mean, square = read()  # Of all variables, side by side.
-    rates = [.01] * 3 if small.network.training_codes > 1 else [.01, .02, .005]
-    for step, rate in enumerate(rates, 1):
+    for step, rate in enumerate([.01, .02, .005], 1):
         small.session.run(small.result.optimize, {'images:0': pictures(step, step), 'rate:0': rate})
         new_value, new_mean, new_square = read()
         gradient = (new_mean - .9 * mean) / .1
