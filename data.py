@@ -1,7 +1,6 @@
 """Finds, downloads or synthesises a set of images, reads, splits and batches it.
 
-All images are uint8 arrays `[n, height, width]`, 0 for paper and 255 for ink. Labels are integers
-`[n]` for the plots.
+Images are uint8 arrays `[n, height, width]`, 0 for paper, 255 for ink; labels are integers `[n]`.
 """
 
 import collections
@@ -36,7 +35,7 @@ MNIST_FINGERPRINT = '25c98f992c005963'  # Identifies the content of those four f
 IDX_NAME = re.compile(r'(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(?:\.gz)?')
 KEYS = 'x_train', 'y_train', 'x_test', 'y_test'  # The arrays of a set, as in Keras's .npz files.
 EXPECTED = ("expected four files in MNIST's format, such as train-images-idx3-ubyte.gz, or an "
-            '.npz file of x_train, x_test and, if any, y_train, y_test; images are uint8 '
+            '.npz file of x_train, x_test and optionally y_train, y_test; images are uint8 '
             '[n, height, width], 0 to 255, height, width multiples of 4; labels are integers [n]')
 
 
@@ -58,9 +57,9 @@ def load(data_dir):
     """Loads the images to train, validate and test on, and prints which they are.
 
     Args:
-        data_dir: Folder with, in it or below it, the four files of a set in MNIST's format or an
-            .npz file; or that file; or 'folder/emnist-letters' for one of several sets in a folder.
-            A folder that is missing or holds a part of MNIST is filled by a download.
+        data_dir: An .npz file; or a folder that holds, also in subfolders, one or the four files of
+            a set in MNIST's format; or folder and start of file names, 'folder/emnist-letters'. A
+            folder that is missing or holds a part of MNIST is filled by a download.
 
     Returns:
         A `Dataset`, of synthetic digits if that download fails. The first twelfth of the training
@@ -97,7 +96,7 @@ def batches(images, batch_size, seed, epoch):
 
 
 def binarise(images, *seed):
-    """Returns 255 with the probability pixel / 255, else 0: a pure function of its arguments."""
+    """Sets each pixel to 255 with probability pixel / 255, else 0; `seed` determines the draw."""
     noise = np.random.RandomState(seed).randint(255, size=images.shape, dtype=np.uint8)  # To 254.
     return np.uint8(255) * (noise < images)
 
@@ -118,8 +117,9 @@ def write_atomically(path, content):
 
 
 def find(data_dir):
-    """Returns the paths of a set's files by the names in `KEYS`, or of one file by 'npz'. Searches
-    a folder and two levels below it until it finds any; for 'folder/emnist-letters', the folder."""
+    """Returns a dictionary of the paths of a set's files, with the keys `KEYS` or just 'npz'. Looks
+    in a folder, then one and two levels below it; for 'folder/emnist-letters', if there is no such
+    folder, at the files in 'folder' whose names begin with 'emnist-letters'."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}  # `read` refuses other files.
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
@@ -130,7 +130,7 @@ def find(data_dir):
             if match and set_name in (None, match.group(1)):
                 part, kind = match.group(2, 3)
                 key = ('x_' if kind == 'images' else 'y_') + part.replace('t10k', 'test')
-            elif path.suffix == '.npz' and not set_name:
+            elif path.suffix == '.npz' and not set_name and path.name != 'training_state.npz':
                 key = 'npz'
             else:
                 continue
@@ -139,7 +139,7 @@ def find(data_dir):
         if found:
             break
     if len(found) > 1:
-        found.pop('npz', None)  # It may be the training_state.npz of a run.
+        found.pop('npz', None)  # The files in MNIST's format are used.
     for paths in found.values():
         if len(paths) > 1:
             raise RunError('%s: holds several sets (%s); choose one with --data-dir, for example '
@@ -156,7 +156,7 @@ def read(data_dir):
     for key, path in paths.items():
         try:
             if key == 'npz':
-                with zipfile.ZipFile(path), np.load(path) as file:  # The first refuses .npy files.
+                with zipfile.ZipFile(path), np.load(path) as file:  # ZipFile refuses .npy files.
                     arrays = {name: file[name] for name in KEYS if name[0] == 'x' or name in file}
             else:
                 arrays[key] = read_idx(path)

@@ -67,7 +67,7 @@ def parse_arguments(arguments=None, **settings):
 
     parser = argparse.ArgumentParser(
         description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False, usage=argparse.SUPPRESS)  # An error is one line.
+        allow_abbrev=False, usage=argparse.SUPPRESS)  # Errors without the usage text.
     add = parser.add_argument
     add('--data-dir', default='MNIST_data', type=os.path.abspath,
         help='folder or .npz file of shuffled images; MNIST is downloaded into a new folder')
@@ -85,11 +85,11 @@ def parse_arguments(arguments=None, **settings):
     add('--weight-decay', type=number(0., 1e6), default=0.,
         help='L2 penalty for long runs: this times half the sum of all squared kernels')
     add('--importance-samples', type=number(0, 10 ** 6), default=0,
-        help='codes per test image to estimate log p(x) with; 0 leaves this out')
-    add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise, order')
+        help='codes per test image for estimating log p(x); 0 skips this')
+    add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise and order')
     add('--resume', action='store_true',
         help='continue the run in --output-dir with its flags; --epochs, --importance-samples and '
-             '--data-dir may change. With more epochs the learning rate starts high again.')
+             '--data-dir may change. With more epochs the learning rate jumps up again.')
     parser.set_defaults(**settings)
     args = parser.parse_args(arguments)
     free = 'data_dir', 'epochs', 'importance_samples'
@@ -109,7 +109,7 @@ def run(arguments):
     start = time.time()
     args = parse_arguments(arguments)
     folder = pathlib.Path(args.output_dir)
-    record = {
+    record = {  # Of a new run; that of a run to resume replaces it.
         'log_dir': time.strftime('logs/%Y-%m-%d-%H%M%S-') + str(os.getpid()),
         'versions': {'python': sys.version.split()[0], 'tensorflow': tf.VERSION,
                      'numpy': np.__version__, 'matplotlib': matplotlib.__version__},
@@ -143,8 +143,8 @@ def run(arguments):
             tf.summary.FileWriter(str(folder / record['log_dir'])) as log:
 
         def publish():
-            """Writes what follows from the state: curves and log and, if the last epoch is the
-            best, the model and samples."""
+            """Writes what is derived from the last epoch, which the session holds: curves, log and,
+            if it is the best epoch, the model and samples."""
             samples = samples_png(session.run('samples:0'))
             if best_epoch(history) == history[-1]['epoch']:
                 saver.save(session, str(folder / MODEL), write_meta_graph=False)
@@ -203,7 +203,7 @@ def main(arguments=None):
             run(arguments)
         return 0
     except KeyboardInterrupt:
-        message, code = 'Interrupted. --resume continues after the last epoch that ended.', 130
+        message, code = 'Interrupted. --resume goes on after the last completed epoch, if any.', 130
     except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
             tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
         # TensorFlow's messages have many lines: the one above "[[node ..." says what happened.
@@ -228,7 +228,7 @@ def build(args, dataset):
 
 
 def keep_freed_memory():
-    """Makes malloc keep freed memory for the next step, 15% faster on TensorFlow 1.14."""
+    """Makes malloc reuse freed memory in the next step: 15% faster on TensorFlow 1.14."""
     with contextlib.suppress(OSError, AttributeError):  # Not the GNU C library.
         mallopt = ctypes.CDLL('libc.so.6').mallopt
         mallopt(-1, 2 ** 30)  # M_TRIM_THRESHOLD, in bytes.
@@ -264,29 +264,30 @@ def evaluate(session, images):
 
 def log_likelihood(session, images, count):
     """Binarises uint8 images `[n, height, width]` and estimates log p(x) by the log of the mean of
-    `count` weights p(x|z) p(z) / r(z|x), z ~ r(z|x): a lower bound in expectation (Y. Burda et al.,
-    2015, arXiv:1509.00519, eq. 8). Here r is q with a wider sigma, which gives a tighter bound.
-    Returns the mean of -log p(x) and its standard error, in nats.
-    """
+    `count` weights p(x|z) p(z) / r(z|x), z ~ r(z|x), where r is q with sigma times 1.2: in
+    expectation a lower bound (Y. Burda et al., 2015, arXiv:1509.00519, eq. 8), tighter than with q.
+    Returns the mean of -log p(x) and its standard error, in nats."""
     def estimate(chunk, rng):
         mu, sigma = session.run(['mu:0', 'sigma:0'], {'images:0': chunk})
         sigma *= 1.2
         log_sum = np.full(len(chunk), -np.inf)  # In float64.
         for _ in range(count):
-            # `log_weight` is that of r, as mu, sigma and code are fed. The encoder does not run.
             code = mu + sigma * rng.standard_normal(mu.shape)
+            # As the sigma of r is fed, `log_weight` divides by r(z|x) instead of q(z|x).
             log_sum = np.logaddexp(log_sum, session.run('log_weight:0', {
                 'images:0': chunk, 'mu:0': mu, 'sigma:0': sigma, 'code:0': code}))
-        bar.add(1)
         return log_sum - math.log(count)
 
     images = data.to_float(data.binarise(images, TEST_SEED))  # No change if they are binary.
-    chunks = np.split(images, range(CHUNK, len(images), CHUNK))
+    chunks = np.split(images, range(CHUNK // 4, len(images), CHUNK // 4))  # Ctrl-C waits for two.
     bar = tf.keras.utils.Progbar(len(chunks), verbose=int(sys.stdout.isatty()))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Two chunks at a time.
         rngs = map(np.random.RandomState, range(len(chunks)))
-        log_p = np.concatenate(list(pool.map(estimate, chunks, rngs)))
-    return -log_p.mean(), log_p.std() / math.sqrt(len(log_p))
+        log_p = []
+        for part in pool.map(estimate, chunks, rngs):
+            log_p.extend(part)
+            bar.add(1)
+    return -np.mean(log_p), np.std(log_p) / math.sqrt(len(log_p))
 
 
 def report(args, dataset, session, record, values):
@@ -294,11 +295,11 @@ def report(args, dataset, session, record, values):
     folder, name, best = pathlib.Path(args.output_dir), dataset.name, best_epoch(record['history'])
     images, labels = dataset.test_images, dataset.test_labels
     (negative_elbo, divergence), codes = evaluate(session, images)
-    distortion = negative_elbo - divergence
+    reconstruction = negative_elbo - divergence
     print('Test (%s): -ELBO %.2f nats per image = %.2f reconstruction + %.2f divergence (epoch %d)'
-          % (name, negative_elbo, distortion, divergence, best), flush=True)
+          % (name, negative_elbo, reconstruction, divergence, best), flush=True)
     record['test'] = {'epoch': best, 'negative_elbo': negative_elbo,
-                      'reconstruction': distortion, 'divergence': divergence}
+                      'reconstruction': reconstruction, 'divergence': divergence}
 
     classes = np.unique(labels)[:26]  # More would not fit into a plot.
     pairs = np.ones([len(classes), 2, 10, *images.shape[1:]])
@@ -311,13 +312,12 @@ def report(args, dataset, session, record, values):
     centre, directions = class_plane(codes, labels, classes)
     points = (codes - centre) @ directions.T  # [n, 2]
     low, high = np.percentile(points, [1, 99], axis=0)
-    x, y = np.linspace(low, high, 41)[1::2].T  # Centres of 20 columns and of 20 rows, upwards.
+    x, y = np.linspace(low, high, 41)[1::2].T  # Centres of columns; of rows, from the bottom.
     grid = centre + np.stack(np.meshgrid(x, y[::-1]), -1) @ directions  # [20, 20, code_size]
-    decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, args.code_size)})
+    decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, codes.shape[1])})
     decoded = decoded.reshape(20, 20, *images.shape[1:])
-    limits = low[0], high[0], low[1], high[1]
-    write_atomically(folder / 'latent_space.png',
-                     latent_space_png(decoded, limits, points, labels, classes, name))
+    write_atomically(folder / 'latent_space.png', latent_space_png(
+        decoded, [low[0], high[0], low[1], high[1]], points, labels, classes, name))
 
     if args.importance_samples:
         nll, error = log_likelihood(session, images, args.importance_samples)
@@ -337,13 +337,13 @@ def variables(prefix):
 
 
 def assign(session, values, prefix):
-    """Sets the variables to values of the state, in one run: `Variable.load` would take 2 s."""
+    """Feeds values of the state to the initialisers: `Variable.load` for each would take 2 s."""
     targets = variables(prefix)
     try:
         session.run([v.initializer for v in targets.values()],
                     {v.initial_value: values[name] for name, v in targets.items()})
     except (KeyError, ValueError) as error:
-        raise RunError('--resume: the run has another network (%s)' % error) from error
+        raise RunError('--resume: the saved variables do not fit (%s)' % error) from error
 
 
 def save_state(folder, record, values):
@@ -370,9 +370,9 @@ def portable_graph(saver, saved):
     that are saved, without Adam's, which a user's own `Saver` would not find in the checkpoint."""
     meta_graph = saver.export_meta_graph(strip_default_attrs=True)
     for node in meta_graph.graph_def.node:
-        if node.op == 'AddV2':  # TensorFlow 1.14 has no gradient of it to fine-tune with.
+        if node.op == 'AddV2':  # TensorFlow 1.14 cannot differentiate it, as fine-tuning must.
             node.op = 'Add'
-        for name in {'grad_a', 'grad_b'}.intersection(node.attr):  # Not in TensorFlow 1.14.
+        for name in {'grad_a', 'grad_b'}.intersection(node.attr):  # MatMul's, unknown to 1.14.
             del node.attr[name]
     listed = meta_graph.collection_def['variables'].bytes_list.value
     listed[:] = [v.to_proto().SerializeToString() for v in saved]
@@ -391,14 +391,14 @@ def class_plane(codes, labels, classes):
 
 
 def mosaic(grid):
-    """Joins images `[rows, columns, height, width]` to one, with white lines between them."""
+    """Joins images `[rows, columns, height, width]` into one, with white lines between them."""
     grid = np.pad(grid, [(0, 0), (0, 0), (0, 1), (0, 1)], 'constant', constant_values=1)
     rows, columns, height, width = grid.shape
     return grid.swapaxes(1, 2).reshape(rows * height, columns * width)[:-1, :-1]
 
 
 def show(axes, grid, extent):
-    """Shows a grid of images as a mosaic of square pixels; `extent` has the limits of the axes."""
+    """Shows a grid of images as a mosaic of square pixels; `extent` gives the axis limits."""
     image = mosaic(grid)
     axes.imshow(image, cmap='gray', vmin=0, vmax=1, extent=extent, aspect='auto')
     axes.set_box_aspect(image.shape[0] / image.shape[1])

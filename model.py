@@ -64,7 +64,7 @@ class Network:
             hidden = tf.concat([hidden, code], 1)
             hidden = _activation(_dense(hidden, height * width // 16 * first, 'dense_3'))
             # Only the height is doubled, twice; the last four channels are four adjacent pixels of
-            # a row. This is faster than doubling the width, too.
+            # a row. This is faster than doubling the width as well.
             maps = tf.reshape(hidden, [-1, height // 4, width // 4, first])
             maps = _activation(_conv_transpose(maps, second, size=3, name='conv_transpose_1'))
             maps = _conv_transpose(maps, channels=4, size=4, name='conv_transpose_2')
@@ -103,7 +103,7 @@ class Network:
         """
         step = tf.train.get_or_create_global_step()
         num_codes = tf.placeholder_with_default(1, [], 'num_codes')
-        # Users may feed mu, sigma and code: everything below is computed from these.
+        # mu, sigma and code may be fed: everything below then uses the values that are fed.
         mu, sigma = _in_halves(self._encode, images)
         mu, sigma = tf.identity(mu, 'mu'), tf.identity(sigma, 'sigma')
         noise = self._noise(images, num_codes, step)
@@ -168,7 +168,7 @@ class Network:
         units, (height, width) = self.lstm_units, self.image_shape
         # The inputs of all steps are multiplied at once, outside of the recurrence.
         rows = tf.reshape(tf.transpose(images, [1, 0, 2]), [-1, width])
-        # In the order below. A bias of 1 opens the forget gates at first (F. A. Gers et al., 2000).
+        # Biases of i, f, o, candidate. 1 opens the forget gates at first (F. A. Gers et al., 2000).
         inputs = _dense(rows, 4 * units, 'lstm/input', [0] * units + [1] * units + [0] * 2 * units)
         kernel = tf.get_variable('lstm/recurrent_kernel', [units, 4 * units],
                                  initializer=tf.orthogonal_initializer())
@@ -212,7 +212,7 @@ def _in_halves(function, *tensors):
     """Calls `function` on both halves of a batch, which run in parallel, and joins the results.
     Without this, a step takes 1.2 times as long."""
     count = tf.shape(tensors[0])[0]
-    # Convolutions of empty batches have no gradient: one image is both halves, kept once.
+    # Convolutions of an empty half have no gradient: a single image is computed twice, kept once.
     first = function(*[tensor[:tf.maximum(count // 2, 1)] for tensor in tensors])
     second = function(*[tensor[count // 2:] for tensor in tensors])
     return [tf.concat(halves, 0)[:count] for halves in zip(first, second)]

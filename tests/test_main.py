@@ -33,7 +33,7 @@ PLOTS = ['new_images.png', 'training_curves.png', 'reconstructions.png', 'latent
 MODEL = ['new_model.ckpt' + end for end in ('.meta', '.index', '.data-00000-of-00001')]
 # Matplotlib could take this for mathematics, its font lacks a letter, and it is long for a title.
 SET = 'a$\\frac$b, \u5b57, a set whose name is longer than any title of a figure.npz'
-INTERRUPTED = 'Interrupted. --resume continues after the last epoch that ended.\n'
+INTERRUPTED = 'Interrupted. --resume goes on after the last completed epoch, if any.\n'
 both_runs = pytest.mark.parametrize('i', [0, 1], ids=['default', 'all flags'])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it.
 
