@@ -98,6 +98,7 @@ def test_mnist_is_known_by_its_sums_and_its_content(folder):
 def test_names_and_containers_do_not_matter(folder, monkeypatch, form, pack, old, new):
     """Files nearby, in IDX format and unzipped come first. Only the content makes them MNIST."""
     names, fingerprint = [name.replace(old, new) for name in NAMES], '6f41142476bef656'
+    (folder / 'training_state.npz').write_bytes(b'of a run in the same folder')
     write_set(folder, make_set(3), 'further/' + form)
     write_set(folder, make_set(4), form.replace('.npz', '') + '.npz')
     write_set(folder, make_set(5), form + '.gz', names=names)

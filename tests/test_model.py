@@ -22,9 +22,8 @@ def build(kind):
     """Returns a small network and values of its variables to start from, far from zero."""
     with tf.Graph().as_default():
         images = tf.placeholder(tf.float32, [None, *SHAPE], 'images')
-        rate = tf.placeholder_with_default(.01, [], 'rate')
         network = model.Network(**SIZES, **KINDS[kind])
-        result = network.optimization(images, rate)
+        result = network.optimization(images, tf.placeholder_with_default(.01, [], 'rate'))
         session, rng = tf.Session(), np.random.RandomState(1)
         session.run(tf.global_variables_initializer())
         start = session.run({variable: variable for variable in tf.global_variables()})
