@@ -57,9 +57,9 @@ def load(data_dir):
     """Loads the images to train, validate and test on, and prints which they are.
 
     Args:
-        data_dir: An .npz file; or a folder that holds, also in subfolders, one or the four files of
-            a set in MNIST's format; or folder and start of file names, 'folder/emnist-letters'. A
-            folder that is missing or holds a part of MNIST is filled by a download.
+        data_dir: An .npz file; or a folder with one, or with the four files of a set in MNIST's
+            format, also in subfolders; or 'folder/SET' for files 'SET-train-images-idx3-ubyte' etc.
+            A folder that is missing or holds a part of MNIST is filled by a download.
 
     Returns:
         A `Dataset`, of synthetic digits if that download fails. The first twelfth of the training
@@ -107,7 +107,7 @@ def to_float(images):
 
 
 def write_atomically(path, content):
-    """Replaces the content of a file at once: a run that is killed leaves the old content."""
+    """Replaces the content of a file atomically: a run that is killed leaves the old content."""
     unfinished = path.with_name('.unfinished-' + path.name)
     with unfinished.open('wb') as file:
         file.write(content)
@@ -118,8 +118,8 @@ def write_atomically(path, content):
 
 def find(data_dir):
     """Returns a dictionary of the paths of a set's files, with the keys `KEYS` or just 'npz'. Looks
-    in a folder, then one and two levels below it; for 'folder/emnist-letters', if there is no such
-    folder, at the files in 'folder' whose names begin with 'emnist-letters'."""
+    in a folder, then one and two levels below it; for 'folder/SET', if there is no such folder, at
+    the files in 'folder' whose names begin with 'SET-'."""
     if data_dir.suffix == '.npz' or data_dir.is_file():
         return {'npz': data_dir}  # `read` refuses other files.
     folder, set_name = (data_dir, None) if data_dir.is_dir() else (data_dir.parent, data_dir.name)
@@ -189,11 +189,11 @@ def read_idx(path):
 
 
 def download_missing(data_dir):
-    """Downloads what a folder lacks of MNIST's files, unless it holds anything else. Raises
+    """Downloads the files of MNIST that a folder lacks, if it holds nothing else. Raises
     `ConnectionError` if this fails."""
     if not data_dir.is_dir() and find(data_dir):  # A file, or a set such as folder/emnist-letters.
         return
-    present = {path.name: path for path in data_dir.glob('[!.]*')}  # May be empty.
+    present = {path.name: path for path in data_dir.glob('[!.]*')}  # Empty for a missing folder.
     if all(name in FILES and hashlib.sha256(path.read_bytes()).hexdigest() == FILES[name]
            for name, path in present.items()):
         for name in sorted(set(FILES).difference(present)):

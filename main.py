@@ -88,8 +88,8 @@ def parse_arguments(arguments=None, **settings):
         help='codes per test image for estimating log p(x); 0 skips this')
     add('--seed', type=number(0, 2 ** 31 - 1), default=0, help='seed of weights, noise and order')
     add('--resume', action='store_true',
-        help='continue the run in --output-dir with its flags; --epochs, --importance-samples and '
-             '--data-dir may change. With more epochs the learning rate jumps up again.')
+        help='continue the run in --output-dir with its flags and images; --epochs and '
+             '--importance-samples may change. With more epochs the learning rate jumps up again.')
     parser.set_defaults(**settings)
     args = parser.parse_args(arguments)
     free = 'data_dir', 'epochs', 'importance_samples'
@@ -279,9 +279,9 @@ def log_likelihood(session, images, count):
         return log_sum - math.log(count)
 
     images = data.to_float(data.binarise(images, TEST_SEED))  # No change if they are binary.
-    chunks = np.split(images, range(CHUNK // 4, len(images), CHUNK // 4))  # Ctrl-C waits for two.
+    chunks = np.split(images, range(CHUNK // 4, len(images), CHUNK // 4))
     bar = tf.keras.utils.Progbar(len(chunks), verbose=int(sys.stdout.isatty()))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Two chunks at a time.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # Two chunks; Ctrl-C waits for both.
         rngs = map(np.random.RandomState, range(len(chunks)))
         log_p = []
         for part in pool.map(estimate, chunks, rngs):
@@ -312,7 +312,7 @@ def report(args, dataset, session, record, values):
     centre, directions = class_plane(codes, labels, classes)
     points = (codes - centre) @ directions.T  # [n, 2]
     low, high = np.percentile(points, [1, 99], axis=0)
-    x, y = np.linspace(low, high, 41)[1::2].T  # Centres of columns; of rows, from the bottom.
+    x, y = np.linspace(low, high, 41)[1::2].T  # Centres of 20 columns and, from below, 20 rows.
     grid = centre + np.stack(np.meshgrid(x, y[::-1]), -1) @ directions  # [20, 20, code_size]
     decoded = session.run('reconstruction:0', {'code:0': grid.reshape(-1, codes.shape[1])})
     decoded = decoded.reshape(20, 20, *images.shape[1:])
@@ -347,7 +347,7 @@ def assign(session, values, prefix):
 
 
 def save_state(folder, record, values):
-    """Replaces the state, all that `--resume` reads, and metrics.json, which people read."""
+    """Replaces the state, all that `--resume` reads, and metrics.json, for people."""
     file = io.BytesIO()
     np.savez(file, record=json.dumps(record), **values)
     write_atomically(folder / STATE, file.getvalue())

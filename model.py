@@ -29,7 +29,7 @@ Model = collections.namedtuple('Model', 'optimize samples elbo divergence')
 
 @dataclasses.dataclass
 class Network:
-    """Builds the parts of the graph. Repeated calls of a part share its variables."""
+    """Builds the parts of the graph. Repeated calls of a method share its variables."""
     code_size: int = 14
     mixture_components: int = 1  # Gaussians in a learned prior; 1 is the fixed standard normal.
     image_shape: tuple = (28, 28)  # Height and width, multiples of 4.
@@ -145,7 +145,7 @@ class Network:
 
     def _noise(self, images, num_codes, step):
         """Returns standard normal noise `[n, num_codes, code_size]`, a function of the seed, the
-        batch and the step, so that a resumed run repeats it."""
+        batch and the step, so that a resumed run draws what an uninterrupted one would."""
         # The batches of an evaluation share a step, but hardly ever the sum of their pixels.
         batch_hash = tf.cast(tf.reduce_sum(images), tf.int64)
         # `tf.random.stateless_normal` would build an operation that TensorFlow 1.14 lacks.
