@@ -96,7 +96,7 @@ def batches(images, batch_size, seed, epoch):
 
 
 def binarise(images, *seed):
-    """Sets each pixel to 255 with probability pixel / 255, else 0; `seed` determines the draw."""
+    """Returns 255 with probability pixel / 255, else 0, for each pixel; `seed` fixes the draw."""
     noise = np.random.RandomState(seed).randint(255, size=images.shape, dtype=np.uint8)  # To 254.
     return np.uint8(255) * (noise < images)
 
