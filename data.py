@@ -59,7 +59,7 @@ def load(data_dir):
     Args:
         data_dir: An .npz file; or a folder with one, or with the four files of a set in MNIST's
             format, also in subfolders; or 'folder/SET' for files 'SET-train-images-idx3-ubyte' etc.
-            A folder that is missing or holds a part of MNIST is filled by a download.
+            A folder that is missing or holds some of MNIST's .gz files is filled by a download.
 
     Returns:
         A `Dataset`, of synthetic digits if that download fails. The first twelfth of the training

@@ -71,7 +71,7 @@ def parse_arguments(arguments=None, **settings):
     add = parser.add_argument
     add('--data-dir', default='MNIST_data', type=os.path.abspath,
         help='folder or .npz file of shuffled images; MNIST is downloaded into a new folder')
-    add('--output-dir', default='.', help='folder for everything that is written')
+    add('--output-dir', default='.', help='folder for all results')
     add('--epochs', type=number(1, 10 ** 6), default=12, help='passes over the training images')
     add('--batch-size', type=number(1, 10 ** 6), default=256, help='images per step')
     add('--learning-rate', type=number(0., 1e6), default=.012,
@@ -121,7 +121,7 @@ def run(arguments):
     history = record['history']  # The same list: what the loop appends is in the record, too.
     dataset = data.load(args.data_dir)
     if args.resume and record['fingerprint'] != dataset.fingerprint:
-        raise RunError('--data-dir: the run to resume has other images (%s)' % record['dataset'])
+        raise RunError('--data-dir: the run to resume has other data (%s)' % record['dataset'])
     if args.binarise:  # The training images are binarised anew for each batch.
         dataset = dataset._replace(
             name=dataset.name + ', binarised',
@@ -140,7 +140,7 @@ def run(arguments):
     folder.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     with tf.Session(config=SESSION_CONFIG) as session, \
-            tf.summary.FileWriter(str(folder / record['log_dir'])) as log:
+            tf.summary.FileWriter(str(folder / record['log_dir']), flush_secs=1) as log:
 
         def publish():
             """Writes what is derived from the last epoch, which the session holds: curves, log and,
@@ -193,7 +193,7 @@ def run(arguments):
             publish()
         assign(session, values, 'best/')
         report(args, dataset, session, record, values)
-    print('Done in %.0f s. All files are in %s.' % (time.time() - start, folder.resolve()))
+    print('Done in %.0f s. All results are in %s.' % (time.time() - start, folder.resolve()))
 
 
 def main(arguments=None):
@@ -203,7 +203,7 @@ def main(arguments=None):
             run(arguments)
         return 0
     except KeyboardInterrupt:
-        message, code = 'Interrupted. --resume goes on after the last completed epoch, if any.', 130
+        message, code = 'Interrupted. --resume goes on after the last saved epoch, if any.', 130
     except (RunError, OSError, MemoryError, tf.errors.NotFoundError,
             tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
         # TensorFlow's messages have many lines: the one above "[[node ..." says what happened.
@@ -214,8 +214,8 @@ def main(arguments=None):
 
 
 def build(args, dataset):
-    """Builds the graph and returns the training operation. It is fed `images:0`, `learning_rate:0`
-    and `num_codes:0`. README.md lists all tensors that are fetched and fed by name."""
+    """Builds the graph. Returns the training operation, which is fed `learning_rate:0`. All other
+    tensors that are fetched or fed by name are listed in README.md."""
     shape = dataset.train_images.shape[1:]
     images = tf.placeholder(tf.float32, [None, *shape], 'images')
     rate = tf.placeholder(tf.float32, [], 'learning_rate')
@@ -347,7 +347,7 @@ def assign(session, values, prefix):
 
 
 def save_state(folder, record, values):
-    """Replaces the state, all that `--resume` reads, and metrics.json, for people."""
+    """Replaces the state, all that `--resume` reads, and metrics.json, for other programs."""
     file = io.BytesIO()
     np.savez(file, record=json.dumps(record), **values)
     write_atomically(folder / STATE, file.getvalue())

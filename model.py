@@ -29,7 +29,7 @@ Model = collections.namedtuple('Model', 'optimize samples elbo divergence')
 
 @dataclasses.dataclass
 class Network:
-    """Builds the parts of the graph. Repeated calls of a method share its variables."""
+    """Builds the graph. Repeated calls of `encoder`, `decoder` or `prior` share variables."""
     code_size: int = 14
     mixture_components: int = 1  # Gaussians in a learned prior; 1 is the fixed standard normal.
     image_shape: tuple = (28, 28)  # Height and width, multiples of 4.

@@ -33,7 +33,7 @@ PLOTS = ['new_images.png', 'training_curves.png', 'reconstructions.png', 'latent
 MODEL = ['new_model.ckpt' + end for end in ('.meta', '.index', '.data-00000-of-00001')]
 # Matplotlib could take this for mathematics, its font lacks a letter, and it is long for a title.
 SET = 'a$\\frac$b, \u5b57, a set whose name is longer than any title of a figure.npz'
-INTERRUPTED = 'Interrupted. --resume goes on after the last completed epoch, if any.\n'
+INTERRUPTED = 'Interrupted. --resume goes on after the last saved epoch, if any.\n'
 both_runs = pytest.mark.parametrize('i', [0, 1], ids=['default', 'all flags'])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it.
 
@@ -144,7 +144,7 @@ def test_prints_and_writes_what_it_says(runs, i):
     assert second == 'Model: {:,} parameters.'.format(sum(map(np.size, weights.values())))
     assert len(lines) == len(figures) and 'Test (%s)' % name in lines[len(history)]
     assert all('%.2f' % value in line for line, values in zip(lines, figures) for value in values)
-    assert last.endswith('All files are in %s.' % folder.resolve()) and err == ''
+    assert last.endswith('All results are in %s.' % folder.resolve()) and err == ''
     assert {path.name for path in folder.iterdir()} == {
         'logs', 'checkpoint', 'training_state.npz', 'metrics.json', *PLOTS, *MODEL}
 
