@@ -1,5 +1,5 @@
 # make            trains; the first time, it sets up a virtual environment
-# make test       runs the tests; with MNIST_DIR=folder also loads the real MNIST
+# make test       runs the tests; with MNIST_DIR=folder also reads the .gz files of MNIST
 # make lint       checks the style
 # make benchmark  measures speed and memory
 # ARGS='...'      is passed on, as in: make ARGS='--epochs 2 --code-size 2'

@@ -36,7 +36,7 @@ IDX_NAME = re.compile(r'(?:(.+)-)?(train|t10k|test)-(images|labels)[-.]idx[13]-u
 KEYS = 'x_train', 'y_train', 'x_test', 'y_test'  # The arrays of a set, as in Keras's .npz files.
 EXPECTED = ("expected four files in MNIST's format, such as train-images-idx3-ubyte.gz, or an "
             '.npz file of x_train, x_test and optionally y_train, y_test; images are uint8 '
-            '[n, height, width], 0 to 255, height, width multiples of 4; labels are integers [n]')
+            '[n > 1, height, width], 0-255, height, width multiples of 4; labels are integers [n]')
 
 
 class RunError(Exception):
@@ -142,8 +142,8 @@ def find(data_dir):
         found.pop('npz', None)  # The files in MNIST's format are used.
     for paths in found.values():
         if len(paths) > 1:
-            raise RunError('%s: holds several sets (%s); choose one with --data-dir, for example '
-                           'folder/emnist-letters' % (data_dir, ', '.join(map(str, paths))))
+            raise RunError('%s: several sets; choose one, for example with --data-dir %s' % (
+                ', '.join(map(str, paths)), paths[0].parent / IDX_NAME.sub(r'\1', paths[0].name)))
     return {key: path for key, (path,) in found.items()}
 
 
@@ -152,7 +152,7 @@ def read(data_dir):
     arrays, paths = {}, find(data_dir)
     if 'npz' not in paths and len(paths) < 4:
         names = sorted(path.name for path in (paths.values() if paths else data_dir.glob('[!.]*')))
-        raise RunError('%s: holds only %s; %s' % (data_dir, ', '.join(names[:9]), EXPECTED))
+        raise RunError('%s: no full set among %s; %s' % (data_dir, ', '.join(names[:9]), EXPECTED))
     for key, path in paths.items():
         try:
             if key == 'npz':

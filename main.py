@@ -437,8 +437,8 @@ def curves_png(history, name):
 
 
 def reconstructions_png(pairs, classes, name):
-    """Shows `pairs`, `[classes, 2, 10, height, width]`: ten test images of each class above their
-    reconstructions."""
+    """Shows `pairs`, `[classes, 2, 10, height, width]`: up to ten test images of each class
+    above their reconstructions."""
     count, _, _, height, width = pairs.shape
     figure = Figure(figsize=(6, 1 + count * (height + 1) / (width + 1)), tight_layout=True)
     axes = figure.subplots()

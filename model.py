@@ -37,7 +37,7 @@ class Network:
     lstm_units: int = 24
     dense_units: int = 384  # Units of each hidden dense layer, except the decoder's last.
     channels: tuple = (32, 32)  # Of the decoder's maps at a quarter and at half the height.
-    initial_logits: typing.Any = 0.  # Of the pixels: a number or an array `[height, width]`.
+    initial_logits: typing.Any = 0.  # Of the pixel bias: a number or `[height, width]`.
     seed: int = 0  # Determines the initial weights and all noise.
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Tests of data.py. One needs the real MNIST, in the folder that the variable MNIST_DIR names."""
+"""Tests of data.py. One needs the .gz files of MNIST, in the folder that MNIST_DIR names."""
 
 import contextlib
 import gzip
@@ -119,7 +119,7 @@ def test_only_the_chosen_one_of_several_sets_is_loaded(folder, capsys, end):
     write_set(folder, make_set(23), 'MNIST_y' + end)
     write_set(folder / 'beside', ARRAYS)
     one, other = (re.sub('.%s', '', str(folder / name) + end) for name in ('MNIST_x', 'MNIST_y'))
-    assert one in refusal(folder) and other in refusal(folder)
+    assert other in refusal(folder) and refusal(folder).split()[-1] == one  # As an example.
     load(one, make_set(2), 1)
     load(os.path.relpath(other), make_set(23), 1)
     for path in folder / 'MNIST', os.path.relpath(str(folder / 'MNIST')), folder / 'beside/MNIST':

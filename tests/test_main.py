@@ -34,7 +34,7 @@ MODEL = ['new_model.ckpt' + end for end in ('.meta', '.index', '.data-00000-of-0
 # Matplotlib could take this for mathematics, its font lacks a letter, and it is long for a title.
 SET = 'a$\\frac$b, \u5b57, a set whose name is longer than any title of a figure.npz'
 INTERRUPTED = 'Interrupted. --resume goes on after the last saved epoch, if any.\n'
-both_runs = pytest.mark.parametrize('i', [0, 1], ids=['default', 'all flags'])
+both_runs = pytest.mark.parametrize('i', [0, 1], ids=['default model', 'other flags'])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore it.
 
 
@@ -89,7 +89,7 @@ def restored(folder):
 def runs(tmp_path_factory):
     """Two finished runs. Beside the other tests go on the `CHAINS` of further runs."""
     make = tmp_path_factory.mktemp
-    runs = types.SimpleNamespace(folders=[make('default'), make('all-flags')], sets=[
+    runs = types.SimpleNamespace(folders=[make('default'), make('other-flags')], sets=[
         write_set(make('data') / SET), write_set(make('data') / 'other.npz', noise=20)])
     processes = [start(folder, main.__file__, '--data-dir', path, *flags)
                  for folder, path, flags in zip(runs.folders, runs.sets, FLAGS)]

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import model
 
-# Sizes that nothing else in the graph has.
+# Sizes that differ from each other and from the defaults.
 SHAPE = 12, 20
 SIZES = dict(code_size=7, lstm_units=13, dense_units=11, channels=(6, 4), image_shape=SHAPE)
 KINDS = {'normal': dict(seed=0), 'decay': dict(seed=1, mixture_components=3, weight_decay=.1),
@@ -86,8 +86,8 @@ def log_normal(values, mean, scale):
 
 
 def test_defaults_and_initial_weights():
-    """Sizes are the README's. Initial weights depend only on the seed and have Glorot's spread;
-    biases are 0, but 1 for forget gates and as given for pixels."""
+    """Sizes are the README's. Initial weights depend only on the seed and have Glorot's spread,
+    except two; biases are 0, but 1 for forget gates and as given for pixels."""
     logits, runs = np.float32(np.random.RandomState(0).randn(28, 28)), []
     for seed in 3, 3, 4:
         with tf.Graph().as_default(), tf.Session() as session:
@@ -251,7 +251,7 @@ def slots(end):
 
 def test_training_gradient(small):
     """The gradient of each variable equals finite differences of the objective, the log-mean-exp of
-    log_weight over the codes, with fixed parameters in its log q(z|x)."""
+    log_weight over the codes, with fixed parameters in its log q(z|x), minus the L2 penalty."""
     session, images, rng = small.session, pictures(8, seed=3), np.random.RandomState(0)
     codes, parameters = 1 + small.network.seed, fetch(small, 'mu sigma', images=images)
     mu, sigma = np.repeat(parameters, codes, axis=1)
